@@ -1,0 +1,127 @@
+"""The caller's arrays in and out: NumPy views of any CPU array that speaks DLPack, and back, no copies.
+
+Inside, an array is a NumPy array of its *storage* type: float64 and float32 as they are, float16 and bfloat16 as
+int16 and uint16 of their bits, since NumPy has no bfloat16 and Numba no float16.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+
+STORAGE = {"float64": "f8", "float32": "f4", "float16": "i2", "bfloat16": "u2"}
+ELEMENT = {np.dtype(storage): name for name, storage in STORAGE.items()}
+PARAMETER = {"float64": "float64", "float32": "float32", "float16": "float32", "bfloat16": "float32"}
+CPU = 1  # DLPack's kDLCPU
+
+Array = Any  # anything `borrow` takes
+
+
+def element_type(array: np.ndarray) -> str:
+    """Return "float64", "float32", "float16" or "bfloat16" of an array of a storage type."""
+    return ELEMENT[array.dtype]
+
+
+def borrow(array: Array, name: str) -> np.ndarray:
+    """Return a view of the caller's array in its storage type.
+
+    Raises:
+        TypeError: if it is no array, not on the CPU, of another dtype, or not in native byte order.
+    """
+    if isinstance(array, np.ndarray):
+        if isinstance(array, np.ma.MaskedArray):
+            raise TypeError(f"{name}: expected an array without a mask, got a masked array")
+        return _as_storage(np.asarray(array), name)
+    if not hasattr(array, "__dlpack__"):
+        raise TypeError(f"{name}: expected an array (NumPy's or one with DLPack), got {type(array).__name__}")
+    if array.__dlpack_device__()[0] != CPU:
+        raise TypeError(f"{name}: expected an array on the CPU, got one on {getattr(array, 'device', 'a device')}")
+    if hasattr(array, "detach"):
+        array = array.detach()  # PyTorch exports no tensor that requires a gradient
+    if "bfloat16" in str(array.dtype):  # NumPy's DLPack cannot carry it
+        return _bfloat16_bits(array)
+    return _as_storage(np.from_dlpack(array), name)
+
+
+def give(result: np.ndarray, like: Array) -> Array:
+    """Return an array of a storage type, or of float64/float32, as the caller's own type of array."""
+    name = ELEMENT[result.dtype]
+    if isinstance(like, np.ndarray):
+        if name == "float16":
+            return result.view(np.float16)
+        return result.view(like.dtype) if name == "bfloat16" else result
+    xp = _namespace(like)
+    if name == "bfloat16":
+        if hasattr(like, "detach"):
+            return xp.from_dlpack(result).view(like.dtype)
+        return xp.asarray(result.view(np.asarray(like).dtype))
+    return xp.from_dlpack(result.view(np.float16) if name == "float16" else result)
+
+
+def widen(stored: np.ndarray) -> np.ndarray:
+    """Return the values of a storage type in float64."""
+    if stored.dtype == np.int16:
+        stored = stored.view(np.float16)
+    elif stored.dtype == np.uint16:
+        stored = (stored.astype(np.uint32) << 16).view(np.float32)
+    return stored.astype(np.float64)
+
+
+def narrow(values: np.ndarray, storage: np.dtype) -> np.ndarray:
+    """Return float64 values in a storage type, rounded to nearest."""
+    if storage == np.int16:
+        return values.astype(np.float16).view(np.int16)
+    if storage == np.uint16:
+        bits = np.atleast_1d(values.astype(np.float32)).view(np.uint32)
+        nearest = (bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16
+        return np.where(np.isnan(values), 0x7FC0, nearest).astype(np.uint16)
+    return values.astype(storage)
+
+
+def is_writeable(array: Array) -> bool:
+    """Whether the caller's array may be written to: NumPy's say so, JAX's never are."""
+    if isinstance(array, np.ndarray):
+        return bool(array.flags.writeable)
+    return not type(array).__module__.startswith("jax")
+
+
+def writeable(view: np.ndarray) -> np.ndarray:
+    """Return the same memory without the read-only mark that NumPy puts on what comes by DLPack.
+
+    Also what the engine does with its inputs: a read-only array would be another compilation of each kernel.
+    """
+    if view.flags.writeable:
+        return view
+    return np.asarray(_Memory(view))
+
+
+class _Memory:
+    """Carries an array's memory through NumPy's array interface and keeps its owner alive."""
+
+    def __init__(self, view: np.ndarray) -> None:
+        self.owner = view
+        interface = dict(view.__array_interface__)
+        self.__array_interface__ = interface | {"data": (interface["data"][0], False)}
+
+
+def _as_storage(array: np.ndarray, name: str) -> np.ndarray:
+    dtype = array.dtype
+    if not dtype.isnative:
+        raise TypeError(f"{name}: expected native byte order, got dtype {dtype}; x.astype(x.dtype.newbyteorder('='))")
+    if dtype.name not in STORAGE:
+        raise TypeError(f"{name}: expected dtype float64, float32, float16 or bfloat16, got {dtype}")
+    return array if dtype.itemsize > 2 else array.view(STORAGE[dtype.name])
+
+
+def _bfloat16_bits(array: Array) -> np.ndarray:
+    if hasattr(array, "detach"):
+        return np.from_dlpack(array.view(_namespace(array).int16)).view(np.uint16)
+    return np.asarray(array).view(np.uint16)
+
+
+def _namespace(array: Array) -> Any:
+    if hasattr(array, "__array_namespace__"):
+        return array.__array_namespace__()
+    return sys.modules[type(array).__module__.partition(".")[0]]

@@ -1,0 +1,152 @@
+"""Every complaint about an argument: what was expected, what came. All run before anything is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from sbncore.arrays import PARAMETER, borrow, element_type, is_writeable, writeable
+from sbncore.layout import Layout
+from sbncore.plans import Plan
+from sbncore.samplers import batch_shape
+from sbncore.statistics import Statistics
+
+GRADIENTS = ("exact", "sampled", "detached")
+OUTPUTS = ("x", "weight", "bias", "residual")
+
+
+def array(value: Any, name: str, channel_axis: int) -> np.ndarray:
+    """Return x in its storage type; its rank, axis and dtype are right."""
+    view = borrow(value, name)
+    if view.ndim < 2:
+        raise ValueError(f"{name}: expected (N, C, *spatial), at least 2 axes, got shape {view.shape}")
+    batch_shape(view.shape, channel_axis)
+    return view
+
+
+def beside(value: Any, name: str, x: np.ndarray) -> np.ndarray:
+    """Return an array of x's shape and dtype: dy, residual, out."""
+    view = borrow(value, name)
+    if view.shape != x.shape:
+        raise ValueError(f"{name}: expected shape {x.shape} as x, got {view.shape}")
+    if view.dtype != x.dtype:
+        raise TypeError(f"{name}: expected dtype {element_type(x)} as x, got {element_type(view)}")
+    return view
+
+
+def channels(value: Any, name: str, C: int, x: np.ndarray) -> np.ndarray:
+    """Return an array (C,) in the parameters' dtype, or in x's own."""
+    view = borrow(value, name)
+    if view.shape != (C,):
+        raise ValueError(f"{name}: expected shape ({C},) for {C} channels, got {view.shape}")
+    allowed = dict.fromkeys((PARAMETER[element_type(x)], element_type(x)))
+    if element_type(view) not in allowed:
+        expected = " or ".join(allowed)
+        raise TypeError(f"{name}: expected dtype {expected} beside {element_type(x)}, got {element_type(view)}")
+    return view
+
+
+def running(value: Any, name: str, C: int, x: np.ndarray, written: bool) -> np.ndarray:
+    """Return a running statistic, writeable where it is to be written."""
+    view = channels(value, name, C, x)
+    if written and not is_writeable(value):
+        raise ValueError(f"{name}: expected a writeable array to update, got a read-only one")
+    return writeable(view) if written else view
+
+
+def output(value: Any, x: np.ndarray, inputs: Iterable[np.ndarray | None], same: bool = False) -> np.ndarray:
+    """Return out as a writeable view; it overlaps no input, but may be one exactly where ``same``."""
+    view = beside(value, "out", x)
+    if not is_writeable(value):
+        raise ValueError("out: expected a writeable array, got a read-only one")
+    if any(stride == 0 and size > 1 for stride, size in zip(view.strides, view.shape, strict=True)):
+        raise ValueError("out: expected distinct elements, got an array that repeats its memory")
+    for other in inputs:
+        if other is None or not _overlap(view, other):
+            continue
+        if not (same and _place(view) == _place(other)):
+            raise ValueError("out: expected memory apart from the inputs', got an array that overlaps them")
+    return writeable(view)
+
+
+def _overlap(a: np.ndarray, b: np.ndarray) -> bool:
+    try:
+        return np.shares_memory(a, b, max_work=10_000)
+    except np.exceptions.TooHardError:
+        return True
+
+
+def _place(view: np.ndarray) -> tuple[Any, ...]:
+    return view.__array_interface__["data"][0], view.shape, view.strides
+
+
+def epsilon(value: Any, statistics_are_given: bool) -> float:
+    """Return eps as a float: positive, or at least not negative where no variance is estimated."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.floating):
+        raise TypeError(f"eps: expected a number, got {value!r}")
+    if not math.isfinite(value) or value < 0 or (value == 0 and not statistics_are_given):
+        raise ValueError(f"eps: expected a positive number, got {value!r}")
+    return float(value)
+
+
+def choice(value: Any, name: str, choices: tuple[Any, ...]) -> None:
+    """Complain unless value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
+
+
+def plan_for(plan: Any, layout: Layout, prior: Statistics | None) -> None:
+    """Complain unless the plan was drawn for this shape and has the prior it wants."""
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan: expected a Plan (sampler.plan(x.shape)), got {type(plan).__name__}")
+    outer = (layout.N, *layout.spatial)
+    if plan.shape != outer:
+        raise ValueError(f"plan: expected one drawn for (N, *spatial) = {outer}, got one for {plan.shape}")
+    if prior is not None and not isinstance(prior, Statistics):
+        raise TypeError(f"prior: expected Statistics, got {type(prior).__name__}")
+    if plan.prior > 0 and prior is None:
+        raise ValueError(f"prior: expected Statistics, since the plan gives a prior weight {plan.prior:g}")
+    if plan.prior == 0 and prior is not None:
+        raise ValueError("prior: expected None, since the plan has no prior (sampler Prior(weight, ...))")
+    total = math.fsum(part.weight for part in plan.parts) + plan.prior
+    if layout.N * layout.S and abs(total - 1) > 1e-6:
+        raise ValueError(f"plan: expected weights of parts and prior that sum to 1, got {total:g}")
+    if plan.count == 1 and plan.prior == 0:
+        raise ValueError("plan: expected more than 1 value per channel when training, got a single one")
+
+
+def gradient_of(gradient: Any, plan: Plan) -> None:
+    """Complain about an unknown gradient, and about sums estimated from virtual samples."""
+    choice(gradient, "gradient", GRADIENTS)
+    if gradient == "sampled" and plan.virtual:
+        raise ValueError("gradient: 'sampled' needs a sample of the batch; virtual samples do not stand for it")
+
+
+def needed(needs: Iterable[str] | None, given: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the gradients to compute: all that were given to forward, or those asked for."""
+    if needs is None:
+        return given
+    if isinstance(needs, str):
+        raise TypeError(f"needs: expected a collection of names, got the string {needs!r}")
+    names = tuple(needs)
+    for name in names:
+        choice(name, "needs", OUTPUTS)
+        if name not in given:
+            raise ValueError(f"needs: {name!r} was not given to forward")
+    return names
+
+
+def momentum_of(momentum: Any, step: int) -> float:
+    """Return the weight of the new statistics; None averages all steps so far alike."""
+    if momentum is None:
+        if step < 0:
+            raise ValueError(f"step: expected at least 0 for a cumulative average, got {step}")
+        return 1 / (step + 1)
+    if isinstance(momentum, bool) or not isinstance(momentum, int | float | np.floating):
+        raise TypeError(f"momentum: expected a number or None, got {momentum!r}")
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"momentum: expected a number in [0, 1], got {momentum!r}")
+    return float(momentum)

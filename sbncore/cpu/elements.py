@@ -1,0 +1,128 @@
+"""Elements in memory and in arithmetic: the only place that knows how a half or a bfloat16 is stored.
+
+NumPy has no bfloat16 and Numba no float16 on the CPU, so the engine sees both as integers of their
+bits: int16 is float16, uint16 is bfloat16. They are computed in float32, rounded to nearest even.
+
+The metadata tells LLVM that outputs and accumulators never alias inputs (`sbncore.checks` refuses
+overlaps, but for the same element of the same array, which is read before it is written); without it
+the loops with many arrays are not vectorized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
+
+FLOAT16, BFLOAT16 = types.int16, types.uint16
+COMPUTE = {"float64": np.float64, "float32": np.float32, "int16": np.float32, "uint16": np.float32}
+I16, I32, HALF, FLOAT = ir.IntType(16), ir.IntType(32), ir.HalfType(), ir.FloatType()
+
+
+def _pointer(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    array = context.make_array(sig.args[0])(context, builder, args[0])
+    return cgutils.gep_inbounds(builder, array.data, args[1])
+
+
+def _mark(builder: Any, instruction: Any, kind: str, *scopes: str) -> None:
+    module = builder.module
+    domain = module.add_metadata(["sbncore"])
+    marks = [module.add_metadata([scope, domain]) for scope in scopes]
+    instruction.set_metadata(kind, module.add_metadata(marks))
+
+
+def _compute_type(array: types.Array) -> types.Float:
+    return types.float64 if array.dtype == types.float64 else types.float32
+
+
+@intrinsic
+def load(typingctx: Any, array: Any, index: Any) -> tuple[Any, Callable[..., Any]]:
+    """Element ``index`` of an input, widened to the type it is computed in."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        value = builder.load(_pointer(context, builder, sig, args))
+        _mark(builder, value, "noalias", "output", "accumulator")
+        if array.dtype == FLOAT16:
+            return builder.fpext(builder.bitcast(value, HALF), FLOAT)
+        if array.dtype == BFLOAT16:
+            bits = builder.shl(builder.zext(value, I32), ir.Constant(I32, 16))
+            return builder.bitcast(bits, FLOAT)
+        return value
+
+    return _compute_type(array)(array, types.intp), codegen
+
+
+@intrinsic
+def store(typingctx: Any, array: Any, index: Any, value: Any) -> tuple[Any, Callable[..., Any]]:
+    """Round ``value`` to nearest even and write it as element ``index`` of an output."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        value = args[2]
+        if array.dtype == FLOAT16:
+            value = builder.bitcast(builder.fptrunc(value, HALF), I16)
+        elif array.dtype == BFLOAT16:
+            bits = builder.bitcast(value, I32)
+            odd = builder.and_(builder.lshr(bits, ir.Constant(I32, 16)), ir.Constant(I32, 1))
+            nearest = builder.add(bits, builder.add(odd, ir.Constant(I32, 0x7FFF)))
+            quiet = builder.or_(bits, ir.Constant(I32, 0x400000))
+            nan = builder.fcmp_unordered("uno", value, value)
+            bits = builder.select(nan, quiet, nearest)
+            value = builder.trunc(builder.lshr(bits, ir.Constant(I32, 16)), I16)
+        written = builder.store(value, _pointer(context, builder, sig, args))
+        _mark(builder, written, "alias.scope", "output")
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, _compute_type(array)), codegen
+
+
+@intrinsic
+def accumulate(typingctx: Any, array: Any, index: Any, value: Any) -> tuple[Any, Callable[..., Any]]:
+    """Add ``value`` to element ``index`` of an accumulator."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = _pointer(context, builder, sig, args)
+        before = builder.load(pointer)
+        after = builder.store(builder.fadd(before, args[2]), pointer)
+        for instruction in (before, after):
+            _mark(builder, instruction, "alias.scope", "accumulator")
+            _mark(builder, instruction, "noalias", "output")
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, array.dtype), codegen
+
+
+def at(coefficient: Any, index: Any) -> Any:
+    """A channel's coefficient: the scalar of a channels-first row, or element of a channels-last one."""
+
+
+@overload(at, inline="always")
+def _at(coefficient: Any, index: Any) -> Callable[..., Any]:
+    if isinstance(coefficient, types.Array):
+        return lambda coefficient, index: load(coefficient, index)
+    return lambda coefficient, index: coefficient
+
+
+def cut(array: Any, begin: Any, length: Any) -> Any:
+    """``array[begin : begin + length]``, or None of an array that is not there."""
+
+
+@overload(cut, inline="always")
+def _cut(array: Any, begin: Any, length: Any) -> Callable[..., Any]:
+    if isinstance(array, types.NoneType):
+        return lambda array, begin, length: None
+    return lambda array, begin, length: array[begin : begin + length]
+
+
+def zero(array: Any) -> Any:
+    """0 in the type an array's elements are computed in."""
+
+
+@overload(zero, inline="always")
+def _zero(array: Any) -> Callable[..., Any]:
+    constant = np.float64(0) if array.dtype == types.float64 else np.float32(0)
+    return lambda array: constant

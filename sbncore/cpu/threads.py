@@ -1,0 +1,75 @@
+"""Threads for kernels that release the GIL: a pool made at first use, made anew in a forked child.
+
+Plain threads rather than Numba's parallel layers: those abort the process when two Python threads enter one
+of them, or a forked child another; and one compilation serves the serial and the parallel call.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+
+def _available() -> int:
+    for name in ("SBNCORE_NUM_THREADS", "OMP_NUM_THREADS"):
+        value = os.environ.get(name, "")
+        if value.isdigit() and int(value) > 0:
+            return int(value)
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+_threads = _available()
+_pool: ThreadPoolExecutor | None = None
+
+
+def get_num_threads() -> int:
+    """Return how many threads a large call uses; at first SBNCORE_NUM_THREADS, or all there are."""
+    return _threads
+
+
+def set_num_threads(count: int) -> None:
+    """Use ``count`` threads from now on; results do not depend on it, bit for bit.
+
+    Raises:
+        TypeError, ValueError: if count is not a positive integer.
+    """
+    global _threads, _pool
+    if not isinstance(count, int) or isinstance(count, bool):
+        raise TypeError(f"count: expected an integer, got {count!r}")
+    if count < 1:
+        raise ValueError(f"count: expected at least 1 thread, got {count}")
+    _threads, _pool = count, None  # calls under way keep the pool they have
+
+
+def run(kernel: Callable[..., None], tasks: int, parallel: bool, *arguments: Any) -> None:
+    """Call ``kernel(*arguments, first, end)`` over blocks of the tasks, on all threads if ``parallel``."""
+    global _pool
+    threads = min(_threads, tasks) if parallel else 1
+    if threads == 1:
+        kernel(*arguments, 0, tasks)
+        return
+    pool = _pool
+    if pool is None:
+        pool = _pool = ThreadPoolExecutor(_threads, thread_name_prefix="sbncore")
+    edges = [tasks * t // threads for t in range(threads + 1)]
+    others = [
+        pool.submit(kernel, *arguments, *edge) for edge in zip(edges[1:-1], edges[2:], strict=True)
+    ]
+    try:
+        kernel(*arguments, edges[0], edges[1])
+    finally:
+        for other in others:  # the arrays must outlive every thread that works on them
+            other.result()
+
+
+def _forget() -> None:
+    global _pool
+    _pool = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

@@ -1,0 +1,214 @@
+"""What was drawn for one call: a Plan is a list of Parts, each a set of places with a weight.
+
+Places are flat positions ``n * S + s`` of one channel, ``S`` the product of the spatial sizes. A part
+keeps its recipe (a key and a few integers), never the places: they follow from the hash, on any
+backend (`sbncore.hashing`). `Plan.runs` spells them out as disjoint runs of consecutive positions.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sbncore.hashing import absorb, bounded, distinct
+
+Ints = NDArray[np.int64]
+
+
+class Runs(NamedTuple):
+    """Disjoint runs of positions, in order: first position, number of positions, weight of each."""
+
+    begin: Ints
+    length: Ints
+    weight: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Places among the samples ``first .. first+rows-1``, sharing ``weight`` of the statistics equally."""
+
+    weight: float
+    key: int
+    first: int
+    rows: int
+
+    @property
+    def count(self) -> int:
+        """Number of values per channel."""
+        raise NotImplementedError
+
+    def places(self, S: int) -> tuple[Ints, Ints]:
+        """Return begin and length of the runs, each within one sample, in any order."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class WholeSamples(Part):
+    """``samples`` whole samples: ``start, start + stride, ...`` round the rows; stride 0 is a random draw.
+
+    ``start = bounded(absorb(key, 0), rows)``; the random draw is ``distinct(key, rows, samples)``.
+    """
+
+    samples: int
+    stride: int
+    size: int  # positions of a sample
+
+    @property
+    def count(self) -> int:
+        return self.samples * self.size
+
+    def places(self, S: int) -> tuple[Ints, Ints]:
+        if self.stride:
+            start = bounded(absorb(self.key, 0), self.rows)
+            chosen = (start + self.stride * np.arange(self.samples)) % self.rows
+        else:
+            chosen = distinct(self.key, self.rows, self.samples)
+        return (self.first + chosen) * S, np.full(self.samples, S, np.int64)
+
+
+@dataclass(frozen=True)
+class MapPlaces(Part):
+    """``positions`` places of every sample's map: runs of ``length`` at a distance of ``stride``.
+
+    Sample n begins at ``start = align * bounded(absorb(key, n), S / align)`` (n = 0 for all where
+    ``common``); run i covers ``start + i*stride + (0 .. length-1)`` modulo S, the last one what is left.
+    """
+
+    positions: int
+    length: int
+    stride: int
+    align: int
+    common: bool
+
+    @property
+    def count(self) -> int:
+        return self.rows * self.positions
+
+    def places(self, S: int) -> tuple[Ints, Ints]:
+        n = self.first + np.arange(self.rows, dtype=np.uint64)
+        words = absorb(self.key, n * np.uint64(0) if self.common else n)
+        start = self.align * bounded(words, S // self.align).astype(np.int64)
+        offset = np.arange(-(-self.positions // self.length), dtype=np.int64)
+        length = np.minimum(self.length, self.positions - offset * self.length)
+        begin = (start[:, None] + offset * self.stride) % S
+        row = np.broadcast_to((n.astype(np.int64) * S)[:, None], begin.shape)
+        head = np.minimum(length, S - begin)
+        tail = length - head
+        wraps = tail > 0
+        return (
+            np.concatenate([(row + begin).ravel(), row[wraps]]),
+            np.concatenate([head.ravel(), tail[wraps]]),
+        )
+
+
+@dataclass(frozen=True)
+class ScatteredPlaces(Part):
+    """``positions`` single places anywhere: ``distinct(key, rows * S, positions)``."""
+
+    positions: int
+
+    @property
+    def count(self) -> int:
+        return self.positions
+
+    def places(self, S: int) -> tuple[Ints, Ints]:
+        begin = self.first * S + distinct(self.key, self.rows * S, self.positions)
+        return begin, np.ones(self.positions, np.int64)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The places one call draws its statistics from, and the weight of the prior beside them.
+
+    A value: comparable, hashable, printable, a pure function of (sampler, shape, seed, layer, step).
+
+    Attributes:
+        shape: (N, *spatial) it was drawn for; it serves any number of channels.
+        parts: the sets of places; their weights and ``prior`` sum to 1.
+        prior: weight of the given statistics; 1 is evaluation mode.
+        virtual: number of trailing rows that are synthetic samples in the statistics.
+    """
+
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+    prior: float = 0.0
+    virtual: int = 0
+
+    @property
+    def N(self) -> int:
+        return self.shape[0]
+
+    @property
+    def S(self) -> int:
+        return math.prod(self.shape[1:])
+
+    @property
+    def count(self) -> int:
+        """Number of values per channel that are drawn (a place drawn by two parts counts twice)."""
+        return sum(part.count for part in self.parts)
+
+    @cached_property
+    def effective_count(self) -> float:
+        """``1 / sum(p_i ** 2)``: of how many equally weighted values the mean has the variance."""
+        if len(self.parts) == 1:
+            return self.count / self.parts[0].weight ** 2
+        runs = self.runs
+        total = float(np.dot(runs.length, runs.weight**2))
+        return 1 / total if total else math.inf
+
+    @cached_property
+    def full(self) -> bool:
+        """Whether every place is drawn with the same weight."""
+        return len(self.parts) == 1 and self.count == self.N * self.S
+
+    @cached_property
+    def runs(self) -> Runs:
+        """The places as disjoint runs in order, none across two samples, weights adding up.
+
+        Raises:
+            ValueError: if a part reaches outside the shape.
+        """
+        N, S = self.N, self.S
+        spelled = [part.places(S) for part in self.parts if part.count]
+        weights = [part.weight / part.count for part in self.parts if part.count]
+        for begin, length in spelled:
+            if begin.min() < 0 or length.min() < 1 or (begin % S + length > S).any():
+                raise ValueError(f"plan: a part has runs that do not lie within one sample of {S}")
+            if (begin + length).max() > N * S:
+                raise ValueError(f"plan: a part reaches beyond the {N} samples of {S} positions")
+        if not spelled:
+            return Runs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
+        if len(spelled) == 1:
+            begin, length = spelled[0]
+            order = np.argsort(begin, kind="stable")
+            return Runs(begin[order], length[order], np.full(begin.size, weights[0]))
+        edges = np.unique(np.concatenate([edge for b, n in spelled for edge in (b, b + n)]))
+        weight = np.zeros(edges.size)
+        for (begin, length), each in zip(spelled, weights, strict=True):
+            cover = np.zeros(edges.size, np.int64)
+            np.add.at(cover, np.searchsorted(edges, begin), 1)
+            np.add.at(cover, np.searchsorted(edges, begin + length), -1)
+            weight += each * np.cumsum(cover)
+        drawn = np.flatnonzero(weight)
+        return Runs(edges[drawn], edges[drawn + 1] - edges[drawn], weight[drawn])
+
+    def weights(self) -> NDArray[np.float64]:
+        """Return ``p`` itself, (N, *spatial) in float64, spelled out for inspection and for tests."""
+        p = np.zeros(self.N * self.S)
+        for begin, length, weight in zip(*self.runs, strict=True):
+            p[begin : begin + length] += weight
+        return p.reshape(self.shape)
+
+    def __str__(self) -> str:
+        total = self.N * self.S
+        share = f", {self.count / total:.1%}" if total else ""
+        lines = [f"{self.count} of {total} values per channel{share}, of a batch {self.shape}"]
+        lines += [f"  weight {part.weight:g}: {part}" for part in self.parts]
+        if self.prior:
+            lines.append(f"  weight {self.prior:g}: the given statistics")
+        return "\n".join(lines)
