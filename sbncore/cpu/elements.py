@@ -96,33 +96,33 @@ def accumulate(typingctx: Any, array: Any, index: Any, value: Any) -> tuple[Any,
     return types.void(array, types.intp, array.dtype), codegen
 
 
-def at(coefficient: Any, index: Any) -> Any:
+def at(coefficient, index):
     """A channel's coefficient: the scalar of a channels-first row, or element of a channels-last one."""
 
 
 @overload(at, inline="always")
-def _at(coefficient: Any, index: Any) -> Callable[..., Any]:
+def _at(coefficient, index):
     if isinstance(coefficient, types.Array):
         return lambda coefficient, index: load(coefficient, index)
     return lambda coefficient, index: coefficient
 
 
-def cut(array: Any, begin: Any, length: Any) -> Any:
+def cut(array, begin, length):
     """``array[begin : begin + length]``, or None of an array that is not there."""
 
 
 @overload(cut, inline="always")
-def _cut(array: Any, begin: Any, length: Any) -> Callable[..., Any]:
+def _cut(array, begin, length):
     if isinstance(array, types.NoneType):
         return lambda array, begin, length: None
     return lambda array, begin, length: array[begin : begin + length]
 
 
-def zero(array: Any) -> Any:
+def zero(array):
     """0 in the type an array's elements are computed in."""
 
 
 @overload(zero, inline="always")
-def _zero(array: Any) -> Callable[..., Any]:
+def _zero(array):
     constant = np.float64(0) if array.dtype == types.float64 else np.float32(0)
     return lambda array: constant

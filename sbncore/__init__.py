@@ -1,0 +1,29 @@
+"""Sampled batch normalization: forward and backward functions over raw arrays.
+
+``import sbncore as sbn`` loads NumPy and nothing heavier; engines are loaded when first called.
+"""
+
+from sbncore.cpu.threads import get_num_threads, set_num_threads
+from sbncore.functional import Grads, Saved, backward, batch_norm, forward, moments, normalize
+from sbncore.gradients import GradientReport, check_gradients
+from sbncore.plans import Plan
+from sbncore.samplers import (
+    BatchSampling,
+    FeatureSampling,
+    Full,
+    Mixture,
+    NaiveSampling,
+    Prior,
+    Sampler,
+    VirtualSamples,
+)
+from sbncore.statistics import Statistics, merge
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Full", "BatchSampling", "FeatureSampling", "NaiveSampling", "VirtualSamples", "Mixture", "Prior",
+    "Sampler", "Plan", "forward", "backward", "Saved", "Grads", "batch_norm", "moments", "merge",
+    "normalize", "Statistics", "check_gradients", "GradientReport",
+    "get_num_threads", "set_num_threads",
+]  # fmt: skip
