@@ -1,7 +1,7 @@
 """The caller's arrays in and out: NumPy views of any CPU array that speaks DLPack, and back, no copies.
 
-Inside, an array is a NumPy array of its *storage* type: float64 and float32 as they are, float16 and bfloat16 as
-int16 and uint16 of their bits, since NumPy has no bfloat16 and Numba no float16.
+Inside, an array is a NumPy array of its *storage* type: float64 and float32 as they are, float16 and bfloat16
+as int16 and uint16 of their bits, since NumPy has no bfloat16 and Numba no float16.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def borrow(array: Array, name: str) -> np.ndarray:
     if not hasattr(array, "__dlpack__"):
         raise TypeError(f"{name}: expected an array (NumPy's or one with DLPack), got {type(array).__name__}")
     if array.__dlpack_device__()[0] != CPU:
-        raise TypeError(f"{name}: expected an array on the CPU, got one on {getattr(array, 'device', 'a device')}")
+        device = getattr(array, "device", "another device")
+        raise TypeError(f"{name}: expected an array on the CPU, got one on {device}")
     if hasattr(array, "detach"):
         array = array.detach()  # PyTorch exports no tensor that requires a gradient
     if "bfloat16" in str(array.dtype):  # NumPy's DLPack cannot carry it
@@ -109,7 +110,7 @@ class _Memory:
 def _as_storage(array: np.ndarray, name: str) -> np.ndarray:
     dtype = array.dtype
     if not dtype.isnative:
-        raise TypeError(f"{name}: expected native byte order, got dtype {dtype}; x.astype(x.dtype.newbyteorder('='))")
+        raise TypeError(f"{name}: expected native byte order, got dtype {dtype}")
     if dtype.name not in STORAGE:
         raise TypeError(f"{name}: expected dtype float64, float32, float16 or bfloat16, got {dtype}")
     return array if dtype.itemsize > 2 else array.view(STORAGE[dtype.name])

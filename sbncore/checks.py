@@ -44,8 +44,8 @@ def channels(value: Any, name: str, C: int, x: np.ndarray) -> np.ndarray:
         raise ValueError(f"{name}: expected shape ({C},) for {C} channels, got {view.shape}")
     allowed = dict.fromkeys((PARAMETER[element_type(x)], element_type(x)))
     if element_type(view) not in allowed:
-        expected = " or ".join(allowed)
-        raise TypeError(f"{name}: expected dtype {expected} beside {element_type(x)}, got {element_type(view)}")
+        expected = f"{' or '.join(allowed)} beside {element_type(x)}"
+        raise TypeError(f"{name}: expected dtype {expected}, got {element_type(view)}")
     return view
 
 
@@ -74,7 +74,7 @@ def output(value: Any, x: np.ndarray, inputs: Iterable[np.ndarray | None], same:
 
 def _overlap(a: np.ndarray, b: np.ndarray) -> bool:
     try:
-        return np.shares_memory(a, b, max_work=10_000)
+        return np.shares_memory(a, b, max_work=10_000)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
 
@@ -122,7 +122,7 @@ def gradient_of(gradient: Any, plan: Plan) -> None:
     """Complain about an unknown gradient, and about sums estimated from virtual samples."""
     choice(gradient, "gradient", GRADIENTS)
     if gradient == "sampled" and plan.virtual:
-        raise ValueError("gradient: 'sampled' needs a sample of the batch; virtual samples do not stand for it")
+        raise ValueError("gradient: 'sampled' expects a sample of the batch, got virtual samples beside it")
 
 
 def needed(needs: Iterable[str] | None, given: tuple[str, ...]) -> tuple[str, ...]:

@@ -157,7 +157,7 @@ def backward(
     """
     if not isinstance(saved, Saved):
         raise TypeError(f"saved: expected what forward returned, got {type(saved).__name__}")
-    layout, x, relu, mask = saved.layout, saved.x, saved.relu, saved.mask
+    layout, x = saved.layout, saved.x
     view = checks.beside(dy, "dy", layout.restore(x))
     gradient = saved.gradient if gradient is None else gradient
     checks.gradient_of(gradient, saved.plan)
@@ -171,7 +171,7 @@ def backward(
     dx = dresidual = None
     if "x" in wanted:
         dx = _memory(x, layout, target)
-    if "residual" in wanted and relu:
+    if "residual" in wanted and saved.relu:
         dresidual = np.empty_like(x)
     dbias, dweight = np.zeros(layout.C), np.zeros(layout.C)
     if x.size:

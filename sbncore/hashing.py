@@ -24,17 +24,18 @@ All words are unsigned 64-bit and wrap; ``^`` is exclusive or, ``>>`` a logical 
 ``mix`` is the finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014, figure 16; constants of
 Stafford's variant 13). ``permute`` is an unbalanced Feistel network with cycle walking (Black and
 Rogaway, CT-RSA 2002): a bijection of ``0 .. size-1``, hence a draw without replacement in constant
-memory. It is no good on a handful of values, where sorting by hash is cheap and exact. ``stream`` numbers the parts of one plan, so that they draw independently.
+memory. It is no good on a handful of values, where sorting by hash is cheap and exact. ``stream`` numbers
+the parts of one plan, so that they draw independently.
 """
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-Word = TypeVar("Word", int, NDArray[np.uint64])
+Word = TypeVar("Word", int, NDArray[Any])
 
 MASK = 0xFFFF_FFFF_FFFF_FFFF
 GOLDEN = 0x9E37_79B9_7F4A_7C15

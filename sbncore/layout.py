@@ -11,7 +11,7 @@ from sbncore.arrays import writeable
 
 
 class Layout(NamedTuple):
-    """Logical shape (N, C, *spatial) with channels at ``axis``; memory (N, S, C) if ``last``, else (N, C, S)."""
+    """Logical shape, channels at ``axis``; memory (N, S, C) if ``last``, else (N, C, S)."""
 
     shape: tuple[int, ...]
     axis: int

@@ -42,12 +42,9 @@ def moments(
     """Return mean and var, (C,): the moments of x under the weights p, mixed with the prior."""
     x = np.asarray(x, np.float64)
     axes = (0, *range(2, x.ndim))
-    if prior is None:
-        q, (w, mean0, var0) = p, (0.0, 0.0, 0.0)
-    else:
-        w, mean0, var0 = prior[0], *(np.asarray(moment, np.float64) for moment in prior[1:])
-        q = p / (1 - w) if w < 1 else p
-    q = q[:, None]
+    w, *given = prior if prior is not None else (0.0, 0.0, 0.0)
+    mean0, var0 = (np.asarray(moment, np.float64) for moment in given)
+    q = (p / (1 - w) if w < 1 else p)[:, None]
     anchor = x.mean(axes) if x.size else np.zeros(x.shape[1])  # cancels rounding far from zero
     m = anchor + (q * (x - _along(anchor, x))).sum(axes)
     v = (q * (x - _along(m, x)) ** 2).sum(axes)

@@ -64,10 +64,10 @@ class Sampler:
             TypeError: if seed, layer or step is not an integer.
         """
         outer = batch_shape(shape, channel_axis)
-        words = [_integer(name, v) for name, v in (("seed", seed), ("layer", layer), ("step", step))]
+        seed, layer, step = _integer("seed", seed), _integer("layer", layer), _integer("step", step)
         if 0 in outer:
             return Plan(outer, ())
-        keys = (stream_key(*words, stream) for stream in itertools.count())
+        keys = (stream_key(seed, layer, step, stream) for stream in itertools.count())
         virtual = self.virtual
         if virtual > outer[0]:
             raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,13 +28,13 @@ class Coefficients(NamedTuple):
     offset: np.ndarray
 
 
-def compute_type(x: np.ndarray) -> type[np.floating]:
+def compute_type(x: np.ndarray) -> Any:
     """Return the type that elements of a storage type are computed in."""
     return COMPUTE[x.dtype.name]
 
 
 def coefficients(
-    mean: np.ndarray, rstd: np.ndarray, weight: np.ndarray | None, bias: np.ndarray | None, compute: type
+    mean: np.ndarray, rstd: np.ndarray, weight: np.ndarray | None, bias: np.ndarray | None, compute: Any
 ) -> Coefficients:
     """Return the coefficients of float64 statistics and parameters."""
     shift = mean.astype(compute)

@@ -6,6 +6,7 @@ of them, or a forked child another; and one compilation serves the serial and th
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -57,7 +58,7 @@ def run(kernel: Callable[..., None], tasks: int, parallel: bool, *arguments: Any
         pool = _pool = ThreadPoolExecutor(_threads, thread_name_prefix="sbncore")
     edges = [tasks * t // threads for t in range(threads + 1)]
     others = [
-        pool.submit(kernel, *arguments, *edge) for edge in zip(edges[1:-1], edges[2:], strict=True)
+        pool.submit(kernel, *arguments, *edge) for edge in itertools.pairwise(edges[1:])
     ]
     try:
         kernel(*arguments, edges[0], edges[1])
