@@ -4,7 +4,7 @@
 """
 
 from sbncore.cpu.threads import get_num_threads, set_num_threads
-from sbncore.functional import Grads, Saved, backward, batch_norm, forward, moments, normalize
+from sbncore.functional import Grads, Saved, backward, forward, moments, normalize
 from sbncore.gradients import GradientReport, check_gradients
 from sbncore.plans import Plan
 from sbncore.samplers import (
@@ -18,6 +18,7 @@ from sbncore.samplers import (
     VirtualSamples,
 )
 from sbncore.statistics import Statistics, merge
+from sbncore.training import batch_norm
 
 __version__ = "0.1.0"
 

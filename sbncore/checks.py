@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from sbncore.arrays import PARAMETER, borrow, element_type, is_writeable, writeable
+from sbncore.arrays import PARAMETER, borrow, element_type, is_writeable, widen, writeable
 from sbncore.layout import Layout
 from sbncore.plans import Plan
 from sbncore.samplers import batch_shape
-from sbncore.statistics import Statistics
+from sbncore.statistics import Moments, Statistics
 
 GRADIENTS = ("exact", "sampled", "detached")
 OUTPUTS = ("x", "weight", "bias", "residual")
@@ -57,19 +57,18 @@ def running(value: Any, name: str, C: int, x: np.ndarray, written: bool) -> np.n
     return writeable(view) if written else view
 
 
-def output(value: Any, x: np.ndarray, inputs: Iterable[np.ndarray | None], same: bool = False) -> np.ndarray:
-    """Return out as a writeable view; it overlaps no input, but may be one exactly where ``same``."""
+def output(
+    value: Any, x: np.ndarray, apart: Iterable[np.ndarray | None], same: Iterable[np.ndarray | None] = ()
+) -> None:
+    """Complain unless out is as x, writeable and apart from the inputs, but for being one of ``same``."""
     view = beside(value, "out", x)
     if not is_writeable(value):
         raise ValueError("out: expected a writeable array, got a read-only one")
     if any(stride == 0 and size > 1 for stride, size in zip(view.strides, view.shape, strict=True)):
         raise ValueError("out: expected distinct elements, got an array that repeats its memory")
-    for other in inputs:
-        if other is None or not _overlap(view, other):
-            continue
-        if not (same and _place(view) == _place(other)):
-            raise ValueError("out: expected memory apart from the inputs', got an array that overlaps them")
-    return writeable(view)
+    others = [other for other in same if other is not None and _place(other) != _place(view)]
+    if any(_overlap(view, other) for other in (*apart, *others) if other is not None):
+        raise ValueError("out: expected memory apart from the inputs', got an array that overlaps them")
 
 
 def _overlap(a: np.ndarray, b: np.ndarray) -> bool:
@@ -150,3 +149,18 @@ def momentum_of(momentum: Any, step: int) -> float:
     if not 0 <= momentum <= 1:
         raise ValueError(f"momentum: expected a number in [0, 1], got {momentum!r}")
     return float(momentum)
+
+
+class Parameters:
+    """weight and bias in float64, and residual, checked against x."""
+
+    def __init__(self, x: np.ndarray, layout: Layout, weight: Any, bias: Any, residual: Any) -> None:
+        self.weight = None if weight is None else widen(channels(weight, "weight", layout.C, x))
+        self.bias = None if bias is None else widen(channels(bias, "bias", layout.C, x))
+        self.residual = None if residual is None else beside(residual, "residual", x)
+
+
+def moments(statistics: Statistics, C: int, x: np.ndarray) -> Moments:
+    """Return the float64 moments of given statistics, checked against x."""
+    mean, var = channels(statistics.mean, "mean", C, x), channels(statistics.var, "var", C, x)
+    return widen(mean), widen(var), statistics.count

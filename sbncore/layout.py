@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sbncore.arrays import writeable
+from sbncore.arrays import Array, borrow, give, writeable
 
 
 class Layout(NamedTuple):
@@ -36,21 +36,19 @@ class Layout(NamedTuple):
     def flatten(self, array: np.ndarray) -> np.ndarray:
         """Return the array's memory in this layout, flat: a view where it lies so already, else a copy."""
         ordered = self._ordered(array)
-        if not (ordered.flags.c_contiguous and ordered.flags.aligned):
+        if not self.lies(array):
             ordered = np.array(ordered, order="C")
         return writeable(ordered).reshape(-1)
+
+    def lies(self, array: np.ndarray) -> bool:
+        """Whether the array's memory is in this layout already."""
+        ordered = self._ordered(array)
+        return bool(ordered.flags.c_contiguous and ordered.flags.aligned)
 
     def restore(self, flat: np.ndarray) -> np.ndarray:
         """Return flat memory of this layout in the logical shape, as a view."""
         sizes = (self.N, *self.spatial, self.C) if self.last else (self.N, self.C, *self.spatial)
         return np.moveaxis(flat.reshape(sizes), -1 if self.last else 1, self.axis)
-
-    def view(self, array: np.ndarray) -> np.ndarray | None:
-        """Return `flatten` if it is a view on the array, else None."""
-        ordered = self._ordered(array)
-        if ordered.flags.c_contiguous and ordered.flags.aligned:
-            return writeable(ordered).reshape(-1)
-        return None
 
     def _ordered(self, array: np.ndarray) -> np.ndarray:
         return np.moveaxis(array, self.axis, -1 if self.last else 1)
@@ -71,3 +69,26 @@ def layout_of(array: np.ndarray, axis: int) -> Layout:
         return last
     spatial = [abs(s) for a, s in enumerate(array.strides) if a not in (0, axis) and shape[a] > 1]
     return last if abs(array.strides[axis]) < min(spatial) else first
+
+
+class Result:
+    """An array like x to be written: flat memory for the engine, and then the caller's own type.
+
+    The memory is that of ``out`` where it lies in x's layout; else it is new, and copied there at the end.
+    """
+
+    def __init__(self, x: np.ndarray, layout: Layout, like: Array, out: Array | None = None) -> None:
+        self._layout, self._like, self._out = layout, like, out
+        self._target: np.ndarray | None = None
+        target = None if out is None else borrow(out, "out")
+        if target is not None and layout.lies(target):
+            self.flat = layout.flatten(target)
+        else:
+            self.flat = np.empty_like(x)
+            self._target = None if target is None else writeable(target)
+
+    def hand_back(self) -> Array:
+        """Return the caller's ``out``, or a new array of the type of ``like``."""
+        if self._target is not None:
+            self._target[...] = self._layout.restore(self.flat)
+        return give(self._layout.restore(self.flat), self._like) if self._out is None else self._out

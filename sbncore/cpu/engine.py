@@ -41,7 +41,7 @@ def coefficients(
     scale = rstd if weight is None else weight * rstd
     offset = (shift - mean) * scale
     if bias is not None:
-        offset += bias
+        offset = offset + bias
     return Coefficients(shift, scale.astype(compute), offset.astype(compute))
 
 

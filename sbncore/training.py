@@ -1,0 +1,94 @@
+"""batch_norm: the call of a training loop, with running statistics, in torch's argument order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from sbncore import checks
+from sbncore.arrays import Array, narrow, widen
+from sbncore.functional import Saved, forward
+from sbncore.layout import layout_of
+from sbncore.plans import Plan
+from sbncore.samplers import Full, Sampler
+from sbncore.statistics import Statistics
+
+
+def batch_norm(
+    x: Array,
+    running_mean: Array | None,
+    running_var: Array | None,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    sampler: Sampler = Full(),  # noqa: B008 - a frozen value
+    seed: int = 0,
+    layer: int = 0,
+    step: int = 0,
+    channel_axis: int = 1,
+    activation: str | None = None,
+    residual: Array | None = None,
+    gradient: str = "exact",
+    out: Array | None = None,
+    skip_nonfinite: bool = False,
+) -> tuple[Any, Saved]:
+    """Normalize in training or evaluation and keep the running statistics, as torch's batch_norm does.
+
+    Training: `forward` under ``sampler.plan(x.shape, seed, layer, step)``, then
+    ``running += momentum * (statistic - running)`` in place, the variance unbiased
+    (``var * count / (count - 1)``). Evaluation: ``y = act(weight * (x - running_mean) /
+    sqrt(running_var + eps) + bias + residual)``. An empty batch moves nothing.
+
+    Args:
+        x, weight, bias, eps, channel_axis, activation, residual, gradient, out: as `forward`.
+        running_mean, running_var: (C,), parameters' dtype, writeable when training; or both None (then
+            training must be true). They are the prior of a sampler that has one.
+        training: whether to estimate statistics or use the running ones.
+        momentum: weight of the new statistics in [0, 1]; None averages all steps alike (``1/(step+1)``).
+        sampler, seed, layer, step: what to draw; ``step`` counts the training calls from 0.
+        skip_nonfinite: leave the running statistics as they were where a mean or variance is not finite.
+
+    Returns:
+        y and what `backward` needs, in both modes.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came, before any write.
+    """
+    view = checks.array(x, "x", channel_axis)
+    layout = layout_of(view, channel_axis)
+    if not isinstance(sampler, Sampler):
+        raise TypeError(f"sampler: expected a Sampler, got {type(sampler).__name__}")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean, running_var: expected both or neither, got one of them")
+    if running_mean is None and not training:
+        raise ValueError("running_mean, running_var: expected arrays when training is false, got None")
+    factor = checks.momentum_of(momentum, step) if training else 0.0
+    prior, stored = None, []
+    if running_mean is not None:
+        for value, name in ((running_mean, "running_mean"), (running_var, "running_var")):
+            stored.append(checks.running(value, name, layout.C, view, training))
+        prior = Statistics(running_mean, running_var)
+    if training:
+        plan = sampler.plan(view.shape, seed=seed, layer=layer, step=step, channel_axis=channel_axis)
+        if plan.prior > 0 and prior is None:
+            raise ValueError("running_mean, running_var: expected arrays for the sampler's prior, got None")
+    else:
+        plan = Plan((layout.N, *layout.spatial), (), 1.0)
+    y, saved = forward(
+        x, weight, bias, plan=plan, prior=prior if plan.prior > 0 else None, eps=eps,
+        channel_axis=channel_axis, activation=activation, residual=residual, gradient=gradient, out=out,
+    )  # fmt: skip
+    if training and stored and view.size:
+        mean, var, count = saved.moments
+        if count > 1:
+            var = var * (1 / (1 - 1 / count))
+        if not skip_nonfinite or (np.isfinite(mean).all() and np.isfinite(var).all()):
+            with np.errstate(all="ignore"):
+                for array, value in zip(stored, (mean, var), strict=True):
+                    before = widen(array)
+                    array[...] = narrow(before + factor * (value - before), array.dtype)
+    return y, saved
