@@ -11,7 +11,7 @@ import numpy as np
 from sbncore.arrays import PARAMETER, borrow, element_type, is_writeable, widen, writeable
 from sbncore.layout import Layout
 from sbncore.plans import Plan
-from sbncore.samplers import batch_shape
+from sbncore.samplers import batch_shape, integer
 from sbncore.statistics import Moments, Statistics
 
 GRADIENTS = ("exact", "sampled", "detached")
@@ -141,7 +141,7 @@ def needed(needs: Iterable[str] | None, given: tuple[str, ...]) -> tuple[str, ..
 def momentum_of(momentum: Any, step: int) -> float:
     """Return the weight of the new statistics; None averages all steps so far alike."""
     if momentum is None:
-        if step < 0:
+        if integer("step", step) < 0:
             raise ValueError(f"step: expected at least 0 for a cumulative average, got {step}")
         return 1 / (step + 1)
     if isinstance(momentum, bool) or not isinstance(momentum, int | float | np.floating):

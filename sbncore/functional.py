@@ -138,10 +138,12 @@ def backward(
         checks.output(out, view, (view, layout.restore(x)))
     dx = Result(x, layout, saved.like, out) if "x" in wanted else None
     dresidual = Result(x, layout, saved.like) if "residual" in wanted and saved.relu else None
-    dbias, dweight = phases.differentiate(
-        None if dx is None else dx.flat, None if dresidual is None else dresidual.flat,
-        layout.flatten(view), saved, gradient,
-    )  # fmt: skip
+    dbias = dweight = np.zeros(0)
+    if dx or dresidual or "weight" in wanted or "bias" in wanted:
+        dbias, dweight = phases.differentiate(
+            None if dx is None else dx.flat, None if dresidual is None else dresidual.flat,
+            layout.flatten(view), saved, gradient,
+        )  # fmt: skip
     return Grads(
         None if dx is None else dx.hand_back(),
         _parameter_gradient(dweight, saved.weight) if "weight" in wanted else None,

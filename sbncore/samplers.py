@@ -64,7 +64,7 @@ class Sampler:
             TypeError: if seed, layer or step is not an integer.
         """
         outer = batch_shape(shape, channel_axis)
-        seed, layer, step = _integer("seed", seed), _integer("layer", layer), _integer("step", step)
+        seed, layer, step = integer("seed", seed), integer("layer", layer), integer("step", step)
         if 0 in outer:
             return Plan(outer, ())
         keys = (stream_key(seed, layer, step, stream) for stream in itertools.count())
@@ -214,7 +214,7 @@ class VirtualSamples(Sampler):
     k: int
 
     def __post_init__(self) -> None:
-        if _integer("VirtualSamples: k", self.k) < 1:
+        if integer("VirtualSamples: k", self.k) < 1:
             raise ValueError(f"VirtualSamples: expected k of at least 1, got {self.k}")
 
     @property
@@ -300,7 +300,7 @@ def batch_shape(shape: Sequence[int], channel_axis: int) -> tuple[int, ...]:
     sizes = tuple(operator.index(size) for size in shape)
     if len(sizes) < 2:
         raise ValueError(f"shape: expected (N, C, *spatial), at least 2 axes, got {sizes}")
-    axis = _integer("channel_axis", channel_axis)
+    axis = integer("channel_axis", channel_axis)
     if not -len(sizes) <= axis < len(sizes) or axis % len(sizes) == 0:
         raise ValueError(
             f"channel_axis: expected an axis of {sizes} other than the batch's 0, got {channel_axis}"
@@ -316,7 +316,8 @@ def _whole(batch: Batch, first: int, rows: int, samples: int, stride: int) -> Pa
     return WholeSamples(1.0, next(batch.keys), batch.first + first, rows, samples, stride, batch.S)
 
 
-def _integer(name: str, value: object) -> int:
+def integer(name: str, value: object) -> int:
+    """Return an argument as an int; True and 1.0 are none."""
     if isinstance(value, bool):
         raise TypeError(f"{name}: expected an integer, got {value!r}")
     try:
@@ -346,7 +347,7 @@ def _check_drawing(sampler: BatchSampling | FeatureSampling | NaiveSampling) -> 
         raise ValueError(f"{name}: expected a ratio in (0, 1], got {amount!r}")
     if not isinstance(amount, float) and amount < 1:
         raise ValueError(f"{name}: expected a count of at least 1, got {amount!r}")
-    if _integer(f"{name}: at_least", sampler.at_least) < 1:
+    if integer(f"{name}: at_least", sampler.at_least) < 1:
         raise ValueError(f"{name}: expected at_least of 1 or more, got {sampler.at_least}")
     if not isinstance(sampler, NaiveSampling):
         _check_choice(name, "pattern", sampler.pattern, sampler.patterns)
