@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-STORAGE = {"float64": "f8", "float32": "f4", "float16": "i2", "bfloat16": "u2"}
-ELEMENT = {np.dtype(storage): name for name, storage in STORAGE.items()}
+STORAGE = {name: np.dtype(kind) for name, kind in zip(
+    ("float64", "float32", "float16", "bfloat16"), ("f8", "f4", "i2", "u2"), strict=True)}  # fmt: skip
+ELEMENT = {storage: name for name, storage in STORAGE.items()}
 PARAMETER = {"float64": "float64", "float32": "float32", "float16": "float32", "bfloat16": "float32"}
 CPU = 1  # DLPack's kDLCPU
 
@@ -109,11 +110,13 @@ class _Memory:
 
 def _as_storage(array: np.ndarray, name: str) -> np.ndarray:
     dtype = array.dtype
+    if dtype.kind == "f" and dtype.itemsize in (4, 8) and dtype.isnative:
+        return array
     if not dtype.isnative:
         raise TypeError(f"{name}: expected native byte order, got dtype {dtype}")
     if dtype.name not in STORAGE:
         raise TypeError(f"{name}: expected dtype float64, float32, float16 or bfloat16, got {dtype}")
-    return array if dtype.itemsize > 2 else array.view(STORAGE[dtype.name])
+    return array.view(STORAGE[dtype.name])
 
 
 def _bfloat16_bits(array: Array) -> np.ndarray:

@@ -48,10 +48,14 @@ class Layout(NamedTuple):
     def restore(self, flat: np.ndarray) -> np.ndarray:
         """Return flat memory of this layout in the logical shape, as a view."""
         sizes = (self.N, *self.spatial, self.C) if self.last else (self.N, self.C, *self.spatial)
-        return np.moveaxis(flat.reshape(sizes), -1 if self.last else 1, self.axis)
+        here = len(sizes) - 1 if self.last else 1
+        return flat.reshape(sizes) if here == self.axis else np.moveaxis(flat.reshape(sizes), here, self.axis)
 
     def _ordered(self, array: np.ndarray) -> np.ndarray:
-        return np.moveaxis(array, self.axis, -1 if self.last else 1)
+        if self.axis == (array.ndim - 1 if self.last else 1):
+            return array
+        spatial = (axis for axis in range(1, array.ndim) if axis != self.axis)
+        return array.transpose((0, *spatial, self.axis) if self.last else (0, self.axis, *spatial))
 
 
 def layout_of(array: np.ndarray, axis: int) -> Layout:

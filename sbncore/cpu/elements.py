@@ -20,7 +20,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 FLOAT16, BFLOAT16 = types.int16, types.uint16
-COMPUTE = {"float64": np.float64, "float32": np.float32, "int16": np.float32, "uint16": np.float32}
+COMPUTE = {np.dtype("f8"): np.float64, **dict.fromkeys(map(np.dtype, ("f4", "i2", "u2")), np.float32)}
 I16, I32, HALF, FLOAT = ir.IntType(16), ir.IntType(32), ir.HalfType(), ir.FloatType()
 
 

@@ -30,7 +30,7 @@ class Coefficients(NamedTuple):
 
 def compute_type(x: np.ndarray) -> Any:
     """Return the type that elements of a storage type are computed in."""
-    return COMPUTE[x.dtype.name]
+    return COMPUTE[x.dtype]
 
 
 def coefficients(
@@ -47,14 +47,14 @@ def coefficients(
 
 def moments(x: np.ndarray, layout: Layout, runs: Runs) -> tuple[np.ndarray, np.ndarray]:
     """Return mean and var (C,) in float64 of the places in ``runs``, under their weights made to sum to 1."""
-    nearby = np.linspace(0, len(runs.begin) - 1, min(16, len(runs.begin))).astype(np.intp)
+    sixteenths = min(16, len(runs.begin))
+    nearby = np.arange(sixteenths) * (len(runs.begin) - 1) // max(1, sixteenths - 1)
     places = runs.begin[nearby] + runs.length[nearby] // 2
     shift = np.zeros(layout.C, compute_type(x))
     kernels.shifts(shift, x, places, layout.last or None, layout.C, layout.S)
-    weight = runs.weight / np.dot(runs.weight, runs.length)
-    nothing = np.zeros_like(shift)
-    first, second = sums(None, None, None, x, None, Coefficients(shift, nothing, nothing), False, layout,
-                         runs._replace(weight=weight))  # fmt: skip
+    weighted = runs._replace(weight=runs.weight / np.dot(runs.weight, runs.length))
+    about = Coefficients(shift, shift, shift)  # without a dy only the shift is used
+    first, second = sums(None, None, None, x, None, about, False, layout, weighted)
     return shift + first, np.maximum(second - first * first, 0)
 
 
