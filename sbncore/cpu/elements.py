@@ -40,6 +40,14 @@ def _compute_type(array: types.Array) -> types.Float:
     return types.float64 if array.dtype == types.float64 else types.float32
 
 
+def _widen(builder: Any, array: types.Array, value: Any) -> Any:
+    if array.dtype == FLOAT16:
+        return builder.fpext(builder.bitcast(value, HALF), FLOAT)
+    if array.dtype == BFLOAT16:
+        return builder.bitcast(builder.shl(builder.zext(value, I32), ir.Constant(I32, 16)), FLOAT)
+    return value
+
+
 @intrinsic
 def load(typingctx: Any, array: Any, index: Any) -> tuple[Any, Callable[..., Any]]:
     """Element ``index`` of an input, widened to the type it is computed in."""
@@ -47,12 +55,17 @@ def load(typingctx: Any, array: Any, index: Any) -> tuple[Any, Callable[..., Any
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         value = builder.load(_pointer(context, builder, sig, args))
         _mark(builder, value, "noalias", "output", "accumulator")
-        if array.dtype == FLOAT16:
-            return builder.fpext(builder.bitcast(value, HALF), FLOAT)
-        if array.dtype == BFLOAT16:
-            bits = builder.shl(builder.zext(value, I32), ir.Constant(I32, 16))
-            return builder.bitcast(bits, FLOAT)
-        return value
+        return _widen(builder, array, value)
+
+    return _compute_type(array)(array, types.intp), codegen
+
+
+@intrinsic
+def reload(typingctx: Any, array: Any, index: Any) -> tuple[Any, Callable[..., Any]]:
+    """Element ``index`` of an output, as it was stored."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _widen(builder, array, builder.load(_pointer(context, builder, sig, args)))
 
     return _compute_type(array)(array, types.intp), codegen
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from sbncore.cpu.elements import accumulate, at, cut, load, store, zero
+from sbncore.cpu.elements import accumulate, at, cut, load, reload, store, zero
 
 
 def jit(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -100,7 +100,7 @@ def normalize_row(y, mask, x, residual, shift, scale, offset, relu):
         for byte in range(len(mask)):
             bits = np.uint8(0)
             for i in range(8 * byte, min(8 * byte + 8, len(x))):
-                bits |= np.uint8(not load(y, i) <= 0) << np.uint8(i & 7)
+                bits |= np.uint8(not reload(y, i) <= 0) << np.uint8(i & 7)
             mask[byte] = bits
 
 
