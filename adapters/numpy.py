@@ -1,0 +1,93 @@
+"""A layer for training code written in NumPy: parameters, running statistics and a step counter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+import sbncore as sbn
+
+
+class SampledBatchNorm:
+    """Sampled batch normalization as a layer with state, ``torch.nn.BatchNorm``'s in names and meaning.
+
+    ``y = act(weight * (x - mean) * rstd + bias + residual)``, with the statistics that the sampler draws in
+    training and the running ones in evaluation (the batch's own where none are tracked).
+
+    Args:
+        num_features: C.
+        eps, momentum, affine, track_running_stats: as torch's; momentum None is the cumulative average.
+        dtype: of parameters and statistics: float64 for float64 data, else float32.
+        sampler, gradient, activation, channel_axis: as `sbncore.batch_norm`.
+        seed, layer: name the draws; layers of one network should differ in ``layer``. The step is
+            ``num_batches_tracked``.
+
+    Attributes:
+        weight, bias: (C,) parameters, or None if not affine; dweight, dbias: their gradients from `backward`.
+        running_mean, running_var: (C,), or None if not tracked.
+        saved: what the last forward kept (`sbncore.Saved`).
+
+    Raises:
+        What `sbncore.batch_norm` raises; the counter and the statistics have not moved then.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        dtype: Any = "float32",
+        *,
+        sampler: sbn.Sampler = sbn.Full(),  # noqa: B008 - a frozen value
+        gradient: str = "exact",
+        activation: str | None = None,
+        channel_axis: int = 1,
+        seed: int = 0,
+        layer: int = 0,
+    ) -> None:
+        self.eps, self.momentum = eps, momentum
+        self.sampler, self.gradient, self.activation = sampler, gradient, activation
+        self.channel_axis, self.seed, self.layer = channel_axis, seed, layer
+        self.weight = np.ones(num_features, dtype) if affine else None
+        self.bias = np.zeros(num_features, dtype) if affine else None
+        self.dweight: np.ndarray | None = None
+        self.dbias: np.ndarray | None = None
+        self.running_mean = np.zeros(num_features, dtype) if track_running_stats else None
+        self.running_var = np.ones(num_features, dtype) if track_running_stats else None
+        self.num_batches_tracked = 0
+        self.training = True
+        self.saved: sbn.Saved | None = None
+
+    def train(self, mode: bool = True) -> SampledBatchNorm:
+        """Normalize by what is drawn from now on, and return self."""
+        self.training = mode
+        return self
+
+    def eval(self) -> SampledBatchNorm:
+        """Normalize by the running statistics from now on, and return self."""
+        return self.train(False)
+
+    def forward(self, x: np.ndarray, residual: np.ndarray | None = None) -> np.ndarray:
+        """Return y; in training, move the running statistics and the counter once all is well."""
+        y, self.saved = sbn.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias,
+            self.training or self.running_mean is None, self.momentum, self.eps,
+            sampler=self.sampler, seed=self.seed, layer=self.layer, step=self.num_batches_tracked,
+            channel_axis=self.channel_axis, activation=self.activation, residual=residual,
+            gradient=self.gradient,
+        )  # fmt: skip
+        self.num_batches_tracked += self.training
+        return y
+
+    __call__ = forward
+
+    def backward(self, dy: np.ndarray) -> Any:
+        """Return dx, or (dx, dresidual) where forward was given a residual; set dweight and dbias."""
+        if self.saved is None:
+            raise ValueError("backward: expected a forward before it, got none")
+        grads = sbn.backward(dy, self.saved)
+        self.dweight, self.dbias = grads.weight, grads.bias
+        return (grads.x, grads.residual) if self.saved.residual else grads.x

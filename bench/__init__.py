@@ -1,0 +1,1 @@
+"""Benchmarks: ``python -m bench layer`` (see ``python -m bench``); results stand in bench/results."""
