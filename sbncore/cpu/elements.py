@@ -120,17 +120,6 @@ def _at(coefficient, index):
     return lambda coefficient, index: coefficient
 
 
-def cut(array, begin, length):
-    """``array[begin : begin + length]``, or None of an array that is not there."""
-
-
-@overload(cut, inline="always")
-def _cut(array, begin, length):
-    if isinstance(array, types.NoneType):
-        return lambda array, begin, length: None
-    return lambda array, begin, length: array[begin : begin + length]
-
-
 def zero(array):
     """0 in the type an array's elements are computed in."""
 

@@ -6,6 +6,9 @@ loops run over: a run of one channel's map with that channel's coefficients as s
 channels still make a long row). One source serves both; ``last`` and every array that may be missing are
 None or not at compile time, which prunes the branches.
 
+A row is ``m`` elements from ``o`` in all the arrays, its mask's bits from ``bit``; element i of it is
+``load(x, o + i)``, which LLVM vectorizes, and costs no slice for each array and row.
+
 Coefficients, in the type of the arithmetic: ``z = (x - shift) * scale + offset (+ residual)``. Here shift is
 the mean rounded to that type and offset makes up for the rounding: at |mean|/std of 1e6 the folded form
 ``x * scale + offset`` loses 5 %.
@@ -24,7 +27,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from sbncore.cpu.elements import accumulate, at, cut, load, reload, store, zero
+from sbncore.cpu.elements import accumulate, at, load, reload, store, zero
 
 
 def jit(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -46,39 +49,39 @@ REORDER = {"reassoc", "nsz"}
 
 
 @jit()
-def preactivation(x, residual, i, shift, scale, offset):
-    z = (load(x, i) - at(shift, i)) * at(scale, i) + at(offset, i)
+def preactivation(x, residual, o, i, shift, scale, offset):
+    z = (load(x, o + i) - at(shift, i)) * at(scale, i) + at(offset, i)
     if residual is not None:
-        z = z + load(residual, i)
+        z = z + load(residual, o + i)
     return z
 
 
 @jit()
-def gradient(dy, x, mask, bit, i, shift, scale, offset, relu):
+def gradient(dy, x, mask, bit, o, i, shift, scale, offset, relu):
     """dy behind the activation; without a dy the deviation x - shift, whose sums are the moments."""
     if dy is None:
-        return load(x, i) - at(shift, i)
-    g = load(dy, i)
+        return load(x, o + i) - at(shift, i)
+    g = load(dy, o + i)
     if mask is not None:
         if (mask[(bit + i) >> 3] >> ((bit + i) & 7)) & 1 == 0:
             g = zero(x)
     elif relu is not None:
-        if preactivation(x, None, i, shift, scale, offset) <= 0:
+        if preactivation(x, None, o, i, shift, scale, offset) <= 0:
             g = zero(x)
     return g
 
 
 @jit(fastmath=REORDER)
-def sums_row(totals, dx, dresidual, dy, x, mask, bit, shift, scale, offset, relu):
+def sums_row(totals, dx, dresidual, dy, x, mask, bit, o, m, shift, scale, offset, relu):
     """Sums of g and g * (x - shift): returned, or added to totals where channels run along the row."""
     a, b = zero(x), zero(x)
-    for i in range(len(x)):
-        g = gradient(dy, x, mask, bit, i, shift, scale, offset, relu)
-        product = g * (load(x, i) - at(shift, i))
+    for i in range(m):
+        g = gradient(dy, x, mask, bit, o, i, shift, scale, offset, relu)
+        product = g * (load(x, o + i) - at(shift, i))
         if dx is not None:
-            store(dx, i, g * at(scale, i))
+            store(dx, o + i, g * at(scale, i))
         if dresidual is not None:
-            store(dresidual, i, g)
+            store(dresidual, o + i, g)
         if totals is None:
             a += g
             b += product
@@ -89,29 +92,29 @@ def sums_row(totals, dx, dresidual, dy, x, mask, bit, shift, scale, offset, relu
 
 
 @jit()
-def normalize_row(y, mask, x, residual, shift, scale, offset, relu):
-    for i in range(len(x)):
-        z = preactivation(x, residual, i, shift, scale, offset)
+def normalize_row(y, mask, x, residual, bit, o, m, shift, scale, offset, relu):
+    for i in range(m):
+        z = preactivation(x, residual, o, i, shift, scale, offset)
         if relu is not None:
             if z <= 0:  # not of a NaN, which passes
                 z = zero(x)
-        store(y, i, z)
+        store(y, o + i, z)
     if mask is not None:
-        for byte in range(len(mask)):
+        for first in range(0, m, 8):
             bits = np.uint8(0)
-            for i in range(8 * byte, min(8 * byte + 8, len(x))):
-                bits |= np.uint8(not reload(y, i) <= 0) << np.uint8(i & 7)
-            mask[byte] = bits
+            for i in range(first, min(first + 8, m)):
+                bits |= np.uint8(not reload(y, o + i) <= 0) << np.uint8(i & 7)
+            mask[(bit + first) >> 3] = bits
 
 
 @jit()
-def repair_row(dx, dresidual, dy, x, mask, bit, shift, scale, offset, k0, k1, p, relu):
-    for i in range(len(x)):
-        g = gradient(dy, x, mask, bit, i, shift, scale, offset, relu)
-        through = at(k0, i) + (load(x, i) - at(shift, i)) * at(k1, i)
-        store(dx, i, g * at(scale, i) - p * through)
+def repair_row(dx, dresidual, dy, x, mask, bit, o, m, shift, scale, offset, k0, k1, p, relu):
+    for i in range(m):
+        g = gradient(dy, x, mask, bit, o, i, shift, scale, offset, relu)
+        through = at(k0, i) + (load(x, o + i) - at(shift, i)) * at(k1, i)
+        store(dx, o + i, g * at(scale, i) - p * through)
         if dresidual is not None:
-            store(dresidual, i, g)
+            store(dresidual, o + i, g)
 
 
 @jit()
@@ -130,7 +133,7 @@ def sums(
     Reads dy and x, writes dx and dresidual, once, in the given runs. As ``g = x - shift`` (no dy), the sums
     are the first two moments about shift.
     """
-    bytes_ = (C + 7) // 8 if last is not None else (S + 7) // 8
+    row_bits = 8 * ((C + 7) // 8 if last is not None else (S + 7) // 8)
     totals = np.zeros((2, tile * C), shift.dtype)
     for t in range(first_task, end_task):
         k = t // channel_blocks
@@ -141,22 +144,19 @@ def sums(
                 n = begin[r] // S
                 s = begin[r] - n * S
                 for c in range(c0, c1):
-                    o = (n * C + c) * S + s
-                    m = length[r]
+                    row = n * C + c
                     a, b = sums_row(
-                        None, cut(dx, o, m), cut(dresidual, o, m), cut(dy, o, m), cut(x, o, m),
-                        cut(mask, (n * C + c) * bytes_, bytes_), s, shift[c], scale[c], offset[c], relu,
+                        None, dx, dresidual, dy, x, mask, row * row_bits + s, row * S + s, length[r],
+                        shift[c], scale[c], offset[c], relu,
                     )  # fmt: skip
                     partial[0, k, c] += weight[r] * a
                     partial[1, k, c] += weight[r] * b
             else:
                 for p in range(0, length[r], tile):
-                    o = (begin[r] + p) * C
-                    m = min(tile, length[r] - p) * C
+                    row = begin[r] + p
                     sums_row(
-                        (totals[0], totals[1]), cut(dx, o, m), cut(dresidual, o, m), cut(dy, o, m),
-                        cut(x, o, m), cut(mask, (begin[r] + p) * bytes_, bytes_), 0,
-                        shift, scale, offset, relu,
+                        (totals[0], totals[1]), dx, dresidual, dy, x, mask, row * row_bits, row * C,
+                        min(tile, length[r] - p) * C, shift, scale, offset, relu,
                     )  # fmt: skip
                 for i in range(min(tile, length[r])):
                     for c in range(C):
@@ -174,7 +174,7 @@ def normalize(
 
     Reads x and residual, writes y, once.
     """
-    bytes_ = (C + 7) // 8 if last is not None else (S + 7) // 8
+    row_bits = 8 * ((C + 7) // 8 if last is not None else (S + 7) // 8)
     for t in range(first_task, end_task):
         r0, r1 = block(len(begin), blocks, t // channel_blocks)
         c0, c1 = block(C, channel_blocks, t % channel_blocks)
@@ -183,19 +183,17 @@ def normalize(
                 n = begin[r] // S
                 s = begin[r] - n * S
                 for c in range(c0, c1):
-                    o = (n * C + c) * S + s
-                    m = length[r]
+                    row = n * C + c
                     normalize_row(
-                        cut(y, o, m), cut(mask, (n * C + c) * bytes_ + s // 8, (m + 7) // 8),
-                        cut(x, o, m), cut(residual, o, m), shift[c], scale[c], offset[c], relu,
+                        y, mask, x, residual, row * row_bits + s, row * S + s, length[r],
+                        shift[c], scale[c], offset[c], relu,
                     )  # fmt: skip
             else:
                 for p in range(0, length[r], tile):
-                    o = (begin[r] + p) * C
-                    m = min(tile, length[r] - p) * C
+                    row = begin[r] + p
                     normalize_row(
-                        cut(y, o, m), cut(mask, (begin[r] + p) * bytes_, bytes_), cut(x, o, m),
-                        cut(residual, o, m), shift, scale, offset, relu,
+                        y, mask, x, residual, row * row_bits, row * C, min(tile, length[r] - p) * C,
+                        shift, scale, offset, relu,
                     )  # fmt: skip
 
 
@@ -209,7 +207,7 @@ def repair(
     Reads dy and x, writes dx and dresidual, once. k0 = scale * (dbias - (mean - shift) * rstd * dweight) and
     k1 = scale * rstd * dweight make the bracket of the exact gradient.
     """
-    bytes_ = (C + 7) // 8 if last is not None else (S + 7) // 8
+    row_bits = 8 * ((C + 7) // 8 if last is not None else (S + 7) // 8)
     for t in range(first_task, end_task):
         r0, r1 = block(len(begin), blocks, t // channel_blocks)
         c0, c1 = block(C, channel_blocks, t % channel_blocks)
@@ -218,21 +216,17 @@ def repair(
                 n = begin[r] // S
                 s = begin[r] - n * S
                 for c in range(c0, c1):
-                    o = (n * C + c) * S + s
-                    m = length[r]
+                    row = n * C + c
                     repair_row(
-                        cut(dx, o, m), cut(dresidual, o, m), cut(dy, o, m), cut(x, o, m),
-                        cut(mask, (n * C + c) * bytes_, bytes_), s,
+                        dx, dresidual, dy, x, mask, row * row_bits + s, row * S + s, length[r],
                         shift[c], scale[c], offset[c], k0[c], k1[c], weight[r], relu,
                     )  # fmt: skip
             else:
                 for p in range(0, length[r], tile):
-                    o = (begin[r] + p) * C
-                    m = min(tile, length[r] - p) * C
+                    row = begin[r] + p
                     repair_row(
-                        cut(dx, o, m), cut(dresidual, o, m), cut(dy, o, m), cut(x, o, m),
-                        cut(mask, (begin[r] + p) * bytes_, bytes_), 0,
-                        shift, scale, offset, k0, k1, weight[r], relu,
+                        dx, dresidual, dy, x, mask, row * row_bits, row * C,
+                        min(tile, length[r] - p) * C, shift, scale, offset, k0, k1, weight[r], relu,
                     )  # fmt: skip
 
 
