@@ -12,7 +12,7 @@ from sbncore.cpu.elements import COMPUTE
 from sbncore.layout import Layout
 from sbncore.plans import Runs
 
-ROW = 2048  # elements of a channels-first row: float32 sums stay exact enough, and it stays in L1
+ROW = 1 << 16  # elements of a channels-first row; longer ones are shared among tasks
 TILE = 256  # elements of the shortest channels-last row worth a loop
 RUN = 16384  # elements of a channels-last run
 TASK = 16384  # elements worth a task of their own

@@ -15,7 +15,7 @@ the mean rounded to that type and offset makes up for the rounding: at |mean|/st
 
 Parallel: a task is a block of runs times a block of channels; every task writes places, or a row of the
 partial sums, of its own. The blocks depend on the shape alone, so results do not depend on the threads.
-Sums within a run are float32 (float64 for float64), across runs float64.
+Sums are float32 (float64 for float64) within a chunk of a row, float64 beyond.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ def jit(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 # Sums may be reordered to fill vectors; everything else keeps its order, so that the backward's sign of z
 # is the forward's, bit for bit.
 REORDER = {"reassoc", "nsz"}
+CHUNK = 2048  # elements that are summed in float32
 
 
 @jit()
@@ -74,21 +75,25 @@ def gradient(dy, x, mask, bit, o, i, shift, scale, offset, relu):
 @jit(fastmath=REORDER)
 def sums_row(totals, dx, dresidual, dy, x, mask, bit, o, m, shift, scale, offset, relu):
     """Sums of g and g * (x - shift): returned, or added to totals where channels run along the row."""
-    a, b = zero(x), zero(x)
-    for i in range(m):
-        g = gradient(dy, x, mask, bit, o, i, shift, scale, offset, relu)
-        product = g * (load(x, o + i) - at(shift, i))
-        if dx is not None:
-            store(dx, o + i, g * at(scale, i))
-        if dresidual is not None:
-            store(dresidual, o + i, g)
-        if totals is None:
-            a += g
-            b += product
-        else:
-            accumulate(totals[0], i, g)
-            accumulate(totals[1], i, product)
-    return a, b
+    first, second = 0.0, 0.0
+    for chunk in range(0, m, CHUNK):
+        a, b = zero(x), zero(x)
+        for i in range(chunk, min(chunk + CHUNK, m)):
+            g = gradient(dy, x, mask, bit, o, i, shift, scale, offset, relu)
+            product = g * (load(x, o + i) - at(shift, i))
+            if dx is not None:
+                store(dx, o + i, g * at(scale, i))
+            if dresidual is not None:
+                store(dresidual, o + i, g)
+            if totals is None:
+                a += g
+                b += product
+            else:
+                accumulate(totals[0], i, g)
+                accumulate(totals[1], i, product)
+        first += a
+        second += b
+    return first, second
 
 
 @jit()
