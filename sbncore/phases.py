@@ -83,7 +83,7 @@ def differentiate(
         return np.zeros(saved.layout.C), np.zeros(saved.layout.C)
     x, layout, plan, relu, mask, c = (
         saved.x, saved.layout, saved.plan, saved.relu, saved.mask, saved.coefficients)  # fmt: skip
-    everywhere, places = engine.everywhere(layout), plan.runs
+    places = plan.runs
     through = gradient != "detached" and len(places.begin) > 0  # the gradient flows through the statistics
     dense = through and plan.full and dx is not None  # the repair writes everything
     written = (None, None) if dense else (dx, dresidual)
@@ -91,9 +91,9 @@ def differentiate(
         scaled = places._replace(weight=places.weight * (layout.N * layout.S / (1 - plan.prior)))
         dbias, second = engine.sums(None, None, dy, x, mask, c, relu, layout, scaled)
         if any(array is not None for array in written):
-            engine.sums(*written, dy, x, mask, c, relu, layout, everywhere)
+            engine.sums(*written, dy, x, mask, c, relu, layout)
     else:
-        dbias, second = engine.sums(*written, dy, x, mask, c, relu, layout, everywhere)
+        dbias, second = engine.sums(*written, dy, x, mask, c, relu, layout)
     rounding = saved.moments[0] - c.shift
     dweight = (second - rounding * dbias) * saved.rstd
     if through and dx is not None:

@@ -42,6 +42,10 @@ class Part:
         """Number of values per channel."""
         raise NotImplementedError
 
+    def fits(self, N: int, S: int) -> bool:
+        """Whether all places lie within N samples of S positions, each at most once."""
+        return 0 <= self.first and 1 <= self.rows <= N - self.first
+
     def places(self, S: int) -> tuple[Ints, Ints]:
         """Return begin and length of the runs, each within one sample, in any order."""
         raise NotImplementedError
@@ -61,6 +65,10 @@ class WholeSamples(Part):
     @property
     def count(self) -> int:
         return self.samples * self.size
+
+    def fits(self, N: int, S: int) -> bool:
+        once = 1 <= self.samples * max(1, self.stride) <= self.rows and self.stride >= 0
+        return super().fits(N, S) and once and self.size == S
 
     def places(self, S: int) -> tuple[Ints, Ints]:
         if self.stride:
@@ -89,10 +97,23 @@ class MapPlaces(Part):
     def count(self) -> int:
         return self.rows * self.positions
 
+    def fits(self, N: int, S: int) -> bool:
+        within = 1 <= self.length and 1 <= self.positions <= S and 1 <= self.align and S % self.align == 0
+        further = (self.positions - 1) // max(1, self.length)  # runs behind the first
+        last = self.positions - further * self.length
+        once = not further or self.length <= self.stride <= (S - last) // further
+        return super().fits(N, S) and within and once
+
     def places(self, S: int) -> tuple[Ints, Ints]:
         n = self.first + np.arange(self.rows, dtype=np.uint64)
         words = absorb(self.key, n * np.uint64(0) if self.common else n)
         start = self.align * bounded(words, S // self.align).astype(np.int64)
+        if self.length >= self.positions:  # one run a sample
+            row = n.astype(np.int64) * S
+            tail = start + (self.positions - S)
+            wraps = tail > 0
+            head = np.where(wraps, S - start, self.positions)
+            return np.concatenate([row + start, row[wraps]]), np.concatenate([head, tail[wraps]])
         offset = np.arange(-(-self.positions // self.length), dtype=np.int64)
         length = np.minimum(self.length, self.positions - offset * self.length)
         begin = (start[:, None] + offset * self.stride) % S
@@ -115,6 +136,9 @@ class ScatteredPlaces(Part):
     @property
     def count(self) -> int:
         return self.positions
+
+    def fits(self, N: int, S: int) -> bool:
+        return super().fits(N, S) and 1 <= self.positions <= self.rows * S
 
     def places(self, S: int) -> tuple[Ints, Ints]:
         begin = self.first * S + distinct(self.key, self.rows * S, self.positions)
@@ -171,16 +195,14 @@ class Plan:
         """The places as disjoint runs in order, none across two samples, weights adding up.
 
         Raises:
-            ValueError: if a part reaches outside the shape.
+            ValueError: if a part (one made by hand) reaches outside the shape.
         """
         N, S = self.N, self.S
-        spelled = [part.places(S) for part in self.parts if part.count]
-        weights = [part.weight / part.count for part in self.parts if part.count]
-        for begin, length in spelled:
-            if begin.min() < 0 or length.min() < 1 or (begin % S + length > S).any():
-                raise ValueError(f"plan: a part has runs that do not lie within one sample of {S}")
-            if (begin + length).max() > N * S:
-                raise ValueError(f"plan: a part reaches beyond the {N} samples of {S} positions")
+        for part in self.parts:
+            if not part.fits(N, S):
+                raise ValueError(f"plan: expected parts within {N} samples of {S} positions, got {part}")
+        spelled = [part.places(S) for part in self.parts]
+        weights = [part.weight / part.count for part in self.parts]
         if not spelled:
             return Runs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
         if len(spelled) == 1:

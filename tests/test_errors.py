@@ -239,17 +239,28 @@ def test_samplers_and_phases(error, message, call):
 
 
 def test_a_plan_made_by_hand_cannot_reach_outside():
-    from sbncore.plans import MapPlaces, WholeSamples
+    from sbncore.plans import MapPlaces, ScatteredPlaces, WholeSamples
 
-    part = WholeSamples(1.0, 0, first=100, rows=4, samples=2, stride=1, size=16)
-    with pytest.raises(ValueError, match="plan: a part reaches beyond the 8 samples of 16 positions"):
-        sbn.forward(X, plan=sbn.Plan((8, 4, 4), (part,)))
-    part = WholeSamples(1.0, 0, first=-3, rows=1, samples=1, stride=1, size=16)
-    with pytest.raises(ValueError, match="plan: a part has runs that do not lie within one sample"):
-        sbn.forward(X, plan=sbn.Plan((8, 4, 4), (part,)))
-    part = MapPlaces(1.0, 0, 0, 8, positions=20, length=20, stride=1, align=1, common=False)
-    with pytest.raises(ValueError, match="plan: a part"):
-        sbn.forward(X, plan=sbn.Plan((8, 4, 4), (part,)))
+    places = {"weight": 1.0, "key": 0, "first": 0, "rows": 8}
+    whole = {**places, "samples": 2, "stride": 1, "size": 16}
+    run = {**places, "positions": 4, "length": 4, "stride": 16, "align": 1, "common": False}
+    for part in (
+        WholeSamples(**whole | {"first": 100, "rows": 4}),
+        WholeSamples(**whole | {"first": -3}),
+        WholeSamples(**whole | {"first": 1}),
+        WholeSamples(**whole | {"samples": 9}),
+        WholeSamples(**whole | {"stride": 5}),
+        WholeSamples(**whole | {"stride": -1}),
+        WholeSamples(**whole | {"size": 20}),
+        MapPlaces(**run | {"positions": 20, "length": 20}),
+        MapPlaces(**run | {"length": 0}),
+        MapPlaces(**run | {"length": 2, "stride": 1}),
+        MapPlaces(**run | {"length": 2, "stride": 15}),
+        MapPlaces(**run | {"align": 3}),
+        ScatteredPlaces(**places, positions=129),
+    ):
+        with pytest.raises(ValueError, match="plan: expected parts within 8 samples of 16 positions, got "):
+            sbn.forward(X, plan=sbn.Plan((8, 4, 4), (part,)))
 
 
 def test_numpy_integers_and_floats_are_numbers():

@@ -67,10 +67,13 @@ def sums(
     coefficients: Coefficients,
     relu: bool,
     layout: Layout,
-    runs: Runs,
+    runs: Runs | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the weighted sums of g and g * (x - shift), (C,) in float64; write dx and dresidual."""
-    work = _Work(layout, runs, mask is not None)
+    """Return the weighted sums of g and g * (x - shift), (C,) in float64; write dx and dresidual.
+
+    Without ``runs`` everywhere, and the sums are not weighted.
+    """
+    work = _Work(layout, runs, mask is not None) if runs else _work_everywhere(layout, mask is not None)
     partial = np.zeros((2, work.blocks, layout.C))
     threads.run(
         kernels.sums, work.tasks, work.parallel, partial, dx, dresidual, dy, x, mask,
@@ -90,7 +93,7 @@ def normalize(
     layout: Layout,
 ) -> None:
     """Write y, and the mask's bits."""
-    work = _Work(layout, everywhere(layout), mask is not None)
+    work = _work_everywhere(layout, mask is not None)
     begin, length, _ = work.runs
     threads.run(
         kernels.normalize, work.tasks, work.parallel, y, mask, x, residual,
@@ -128,13 +131,6 @@ def mask_for(layout: Layout) -> np.ndarray:
     return np.empty(rows * ((row + 7) // 8), np.uint8)
 
 
-@lru_cache(maxsize=256)
-def everywhere(layout: Layout) -> Runs:
-    """Return all places, each of weight 1."""
-    begin = np.arange(layout.N, dtype=np.int64) * layout.S
-    return Runs(begin, np.full(layout.N, layout.S, np.int64), np.ones(layout.N))
-
-
 class _Work:
     """How one kernel's work over ``runs`` is cut into rows and tasks, by the shape alone."""
 
@@ -155,6 +151,13 @@ class _Work:
         if self.tile == 1:
             return tuple(per_channel)
         return tuple(np.tile(array, self.tile) for array in per_channel)
+
+
+@lru_cache(maxsize=1024)
+def _work_everywhere(layout: Layout, masked: bool) -> _Work:
+    """Return the work over all places, each of weight 1."""
+    begin = np.arange(layout.N, dtype=np.int64) * layout.S
+    return _Work(layout, Runs(begin, np.full(layout.N, layout.S, np.int64), np.ones(layout.N)), masked)
 
 
 def _joined(runs: Runs) -> Runs:
