@@ -4,6 +4,7 @@
 """
 
 from sbncore.cpu.threads import get_num_threads, set_num_threads
+from sbncore.drawing import Sampler
 from sbncore.functional import Grads, Saved, backward, forward, moments, normalize
 from sbncore.gradients import GradientReport, check_gradients
 from sbncore.plans import Plan
@@ -14,7 +15,6 @@ from sbncore.samplers import (
     Mixture,
     NaiveSampling,
     Prior,
-    Sampler,
     VirtualSamples,
 )
 from sbncore.statistics import Statistics, merge

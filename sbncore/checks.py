@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from sbncore.arrays import PARAMETER, borrow, element_type, is_writeable, widen, writeable
+from sbncore.drawing import batch_shape, integer
 from sbncore.layout import Layout
 from sbncore.plans import Plan
-from sbncore.samplers import batch_shape, integer
 from sbncore.statistics import Moments, Statistics
 
 GRADIENTS = ("exact", "sampled", "detached")

@@ -8,10 +8,11 @@ import numpy as np
 
 from sbncore import checks
 from sbncore.arrays import Array, narrow, widen
+from sbncore.drawing import Sampler
 from sbncore.functional import Saved, forward
 from sbncore.layout import layout_of
 from sbncore.plans import Plan
-from sbncore.samplers import Full, Sampler
+from sbncore.samplers import Full
 from sbncore.statistics import Statistics
 
 

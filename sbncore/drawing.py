@@ -1,0 +1,110 @@
+"""From a sampler, a shape and the name of a draw (seed, layer, step) to a Plan."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from sbncore.hashing import stream_key
+from sbncore.plans import Part, Plan
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows a sampler may draw from and the map of each, with the keys of its draws."""
+
+    first: int
+    rows: int
+    spatial: tuple[int, ...]
+    keys: Iterator[int]
+
+    @property
+    def S(self) -> int:
+        return math.prod(self.spatial)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Base of all samplers: a comparable, hashable value with one public method, `plan`."""
+
+    def plan(
+        self,
+        shape: Sequence[int],
+        *,
+        seed: int = 0,
+        layer: int = 0,
+        step: int = 0,
+        channel_axis: int = 1,
+    ) -> Plan:
+        """Draw for one call: a pure function of the sampler and of these arguments.
+
+        Args:
+            shape: (N, C, *spatial) of the array to normalize, channels at ``channel_axis``.
+            seed, layer, step: integers (modulo 2**64) that name the draw; layers that normalize in the
+                same network should differ in ``layer``, calls of one layer in ``step``.
+            channel_axis: axis of ``shape`` that counts channels.
+
+        Returns:
+            The Plan; without parts if the batch is empty.
+
+        Raises:
+            ValueError: if the sample is larger than what there is to draw from, or a single value.
+            TypeError: if seed, layer or step is not an integer.
+        """
+        outer = batch_shape(shape, channel_axis)
+        seed, layer, step = integer("seed", seed), integer("layer", layer), integer("step", step)
+        if 0 in outer:
+            return Plan(outer, ())
+        keys = (stream_key(seed, layer, step, stream) for stream in itertools.count())
+        virtual = self.virtual
+        if virtual > outer[0]:
+            raise ValueError(
+                f"VirtualSamples: expected at most the batch's {outer[0]} samples, got {virtual}"
+            )
+        parts, prior = self.draw(Batch(0, outer[0], outer[1:], keys), outer[0] - virtual)
+        plan = Plan(outer, parts, prior, virtual)
+        if plan.count == 1 and prior == 0:
+            raise ValueError(
+                "expected more than 1 value per channel when training, got a sample of a single "
+                f"value: {self} of shape {tuple(shape)}; a count, a ratio or at_least can raise it"
+            )
+        return plan
+
+    @property
+    def virtual(self) -> int:
+        """Number of trailing rows of the batch that are synthetic samples."""
+        return 0
+
+    def draw(self, batch: Batch, real: int) -> tuple[tuple[Part, ...], float]:
+        """Return the parts and the prior's weight, together 1; ``real`` rows are no virtual samples."""
+        raise NotImplementedError
+
+
+def batch_shape(shape: Sequence[int], channel_axis: int) -> tuple[int, ...]:
+    """Return (N, *spatial) of a shape with channels at ``channel_axis``."""
+    sizes = tuple(operator.index(size) for size in shape)
+    if len(sizes) < 2:
+        raise ValueError(f"shape: expected (N, C, *spatial), at least 2 axes, got {sizes}")
+    axis = integer("channel_axis", channel_axis)
+    if not -len(sizes) <= axis < len(sizes) or axis % len(sizes) == 0:
+        raise ValueError(
+            f"channel_axis: expected an axis of {sizes} other than the batch's 0, got {channel_axis}"
+        )
+    axis %= len(sizes)
+    outer = sizes[:axis] + sizes[axis + 1 :]
+    if math.prod(outer[1:]) > 2**32 or outer[0] > 2**32:
+        raise ValueError(f"shape: expected at most 2**32 samples and positions of a map, got {sizes}")
+    return outer
+
+
+def integer(name: str, value: object) -> int:
+    """Return an argument as an int; True and 1.0 are none."""
+    if isinstance(value, bool):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, got {value!r}") from None
