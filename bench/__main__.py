@@ -1,0 +1,23 @@
+"""``python -m bench NAME ...`` runs bench/NAME.py; each says with ``--help`` what it takes."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+BENCHMARKS = {"layer": "one BN layer: checked, then timed against a copy, NumPy and PyTorch"}
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments or arguments[0] not in BENCHMARKS:
+        listing = "".join(f"\n  {name:<10}{what}" for name, what in BENCHMARKS.items())
+        wanted = f"usage: python -m bench NAME [options], NAME one of{listing}"
+        if arguments and arguments[0] in ("-h", "--help"):
+            print(wanted)
+            return
+        sys.exit(wanted if not arguments else f"{wanted}\ngot {arguments[0]!r}")
+    importlib.import_module(f"bench.{arguments[0]}").main(arguments[1:])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,189 @@
+"""The contenders of a layer: ours, a copy of the same bytes, full BN in NumPy, and PyTorch eager's."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+import sbncore as sbn
+from bench.cases import EPS, Data
+
+
+class Ours:
+    """sbncore with reused outputs; every forward draws its plan anew, as a training step does."""
+
+    def __init__(self, data: Data, sampler: sbn.Sampler, name: str) -> None:
+        self.data, self.sampler, self.name, self.step = data, sampler, name, 0
+        self.activation = "relu" if data.case.relu else None
+
+    def plan(self) -> sbn.Plan:
+        """Draw and spell out the places of the next step; forward pays for this again."""
+        plan = self.sampler.plan(self.data.case.shape, step=self.step + 1)
+        _ = plan.runs
+        return plan
+
+    def forward(self) -> None:
+        data = self.data
+        self.step += 1
+        self.y, self.saved = sbn.forward(
+            data.x, data.weight, data.bias, plan=self.sampler.plan(data.case.shape, step=self.step), eps=EPS,
+            activation=self.activation, residual=data.residual, out=data.y,
+        )  # fmt: skip
+
+    def backward(self) -> None:
+        self.grads = sbn.backward(self.data.dy, self.saved, out=self.data.dx)
+
+    def weights(self) -> np.ndarray:
+        return self.saved.plan.weights()
+
+    def results(self) -> dict[str, Any]:
+        gradients = self.grads._asdict()
+        return {"y": self.y} | {name: value for name, value in gradients.items() if value is not None}
+
+
+class Copy:
+    """np.copyto into a reused buffer, cut among as many threads as ours uses."""
+
+    def __init__(self, data: Data, threads: int) -> None:
+        source, target = (np.ravel(data.memory(array)) for array in (data.x, data.y))
+        edges = [source.size * t // threads for t in range(threads + 1)]
+        slices = [slice(edges[t], edges[t + 1]) for t in range(threads)]
+        self.pieces = [(target[piece], source[piece]) for piece in slices]
+        self.pool = ThreadPoolExecutor(threads)
+
+    def copy(self) -> None:
+        others = [self.pool.submit(np.copyto, *piece) for piece in self.pieces[1:]]
+        np.copyto(*self.pieces[0])
+        for other in others:
+            other.result()
+
+    def close(self) -> None:
+        self.pool.shutdown()
+
+
+class NumPy:
+    """Full BN as a careful NumPy user writes it: whole-array operations into reused buffers, xhat kept.
+
+    NumPy runs them on one thread. float16 and bfloat16 are computed in float32.
+    """
+
+    name = "NumPy"
+
+    def __init__(self, data: Data) -> None:
+        self.data = data
+        self.x, self.dy, self.y, self.dx = map(data.memory, (data.x, data.dy, data.y, data.dx))
+        self.residual = None if data.residual is None else data.memory(data.residual)
+        first = data.case.layout == "first"
+        self.axes = (0, 2) if first else (0,)
+        self.along = (1, -1, 1) if first else (1, -1)
+        self.weight, self.bias = (a.reshape(self.along) for a in (data.weight, data.bias))
+        compute = data.weight.dtype
+        self.converts = data.dtype != compute
+        self.xhat, self.z, self.g = (np.empty_like(self.x, compute) for _ in range(3))
+        self.wide = [np.empty_like(self.x, compute) for _ in range(2 * self.converts)]
+
+    def forward(self) -> None:
+        x, z, xhat = self._widen(self.x, 0), self.z if self.converts else self.y, self.xhat
+        np.subtract(x, x.mean(self.axes, keepdims=True), out=xhat)
+        var = np.square(xhat, out=z).mean(self.axes, keepdims=True)
+        self.rstd = 1 / np.sqrt(var + EPS)
+        xhat *= self.rstd
+        np.multiply(xhat, self.weight, out=z)
+        z += self.bias
+        if self.residual is not None:
+            z += self._widen(self.residual, 0)
+        if self.data.case.relu:
+            np.maximum(z, 0, out=z)
+        if self.converts:
+            np.copyto(self.y, z, casting="unsafe")
+
+    def backward(self) -> None:
+        g, xhat = self._widen(self.dy, 1), self.xhat
+        if self.data.case.relu:
+            g = np.multiply(g, (self.z if self.converts else self.y) > 0, out=self.g)
+        self.dresidual = g
+        dx = self.wide[0] if self.converts else self.dx
+        M = g.size // self.weight.size
+        self.dbias = g.sum(self.axes, keepdims=True)
+        self.dweight = np.multiply(g, xhat, out=dx).sum(self.axes, keepdims=True)
+        np.multiply(xhat, self.dweight / -M, out=dx)
+        dx += g
+        dx -= self.dbias / M
+        dx *= self.weight * self.rstd
+        if self.converts:
+            np.copyto(self.dx, dx, casting="unsafe")
+
+    def weights(self) -> np.ndarray:
+        return _full(self.data)
+
+    def results(self) -> dict[str, Any]:
+        return {
+            "y": self.data.y, "x": self.data.dx, "weight": self.dweight.ravel(), "bias": self.dbias.ravel(),
+        }  # fmt: skip
+
+    def _widen(self, array: np.ndarray, buffer: int) -> np.ndarray:
+        if not self.converts:
+            return array
+        np.copyto(self.wide[buffer], array)
+        return self.wide[buffer]
+
+
+class Torch:
+    """PyTorch eager: F.batch_norm, in-place add and ReLU as torchvision's blocks have them, autograd."""
+
+    name = "PyTorch"
+
+    def __init__(self, data: Data, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self.torch, self.data = torch, data
+        given = (self._tensor(data.x), torch.from_numpy(data.weight), torch.from_numpy(data.bias))
+        residual = () if data.residual is None else (self._tensor(data.residual),)
+        self.inputs = tuple(tensor.requires_grad_() for tensor in (*given, *residual))
+        self.dy = self._tensor(data.dy)
+
+    def _tensor(self, array: np.ndarray) -> Any:
+        if array.dtype.name == "bfloat16":
+            tensor = self.torch.from_numpy(array.view(np.int16)).view(self.torch.bfloat16)
+        else:
+            tensor = self.torch.from_numpy(array)
+        # Its channels-last kernel wants two spatial axes or three.
+        return tensor.unsqueeze(2) if tensor.ndim == 3 else tensor
+
+    def forward(self) -> None:
+        x, weight, bias, *residual = self.inputs
+        self.y = self.torch.nn.functional.batch_norm(x, None, None, weight, bias, training=True, eps=EPS)
+        if residual:
+            self.y = self.y.add_(residual[0])
+        if self.data.case.relu:
+            self.y = self.y.relu_()
+
+    def backward(self) -> None:
+        self.grads = self.torch.autograd.grad(self.y, self.inputs, self.dy)
+
+    def weights(self) -> np.ndarray:
+        return _full(self.data)
+
+    def results(self) -> dict[str, Any]:
+        shape = self.data.case.shape
+        names = ("x", "weight", "bias", "residual")
+        tensors = {"y": self.y.detach()} | dict(zip(names, self.grads, strict=False))
+        wide = {name: tensor.to(self.torch.float64).numpy() for name, tensor in tensors.items()}
+        return {name: a.reshape(shape) if a.ndim > 1 else a for name, a in wide.items()}
+
+
+def torch_version() -> str | None:
+    """Return PyTorch's version, or None where it is not installed."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    return torch.__version__
+
+
+def _full(data: Data) -> np.ndarray:
+    N, _, *spatial = data.case.shape
+    return np.full((N, *spatial), 1 / (N * np.prod(spatial)))

@@ -1,0 +1,95 @@
+"""Alternating rounds: every contender runs once a round, so that all of them see the same machine.
+
+Ratios are medians of the ratios within a round, over the rounds in which both took part: what slows the
+machine for a second slows both sides of a ratio alike.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+Contender = Mapping[str, Callable[[], object]]  # phase -> what to time, in this order
+Times = dict[str, np.ndarray]  # phase -> seconds in each round, NaN where it sat out
+
+WARM_UP = 2
+FEWEST = 7  # rounds of a slow contender
+PATIENCE = 3.0  # seconds for one contender; a slower one sits out rounds
+GOLDEN = (math.sqrt(5) - 1) / 2  # spreads any number of rounds, the fewer among the more
+PAUSE = 0.002  # seconds, for threads that still spin on the next contender's cores
+
+
+def keep_pages() -> bool:
+    """Make malloc keep what is freed, for the whole process; return whether it could.
+
+    Ours writes into buffers used before. What PyTorch allocates in every call would come as fresh pages,
+    which can cost more than the kernel: a matter of the allocator, not of batch normalization.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, TypeError, AttributeError):  # not glibc
+        return False
+    trim_threshold, mmap_threshold = -1, -3
+    return bool(mallopt(mmap_threshold, 1 << 30) and mallopt(trim_threshold, (1 << 31) - 1))
+
+
+def alternate(contenders: Mapping[str, Contender], rounds: int) -> dict[str, Times]:
+    """Time all contenders in ``rounds`` rounds; those that are slow take part in some, 7 at least."""
+    part = {name: _rounds_of(contender, rounds) for name, contender in contenders.items()}
+    times: dict[str, Times] = {
+        name: {phase: np.full(rounds, np.nan) for phase in phases} for name, phases in contenders.items()
+    }
+    names = list(contenders)
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for r in range(rounds):
+            shift = r % len(names)  # nobody always follows the same neighbour through the caches
+            for name in names[shift:] + names[:shift]:
+                if not part[name][r]:
+                    continue
+                time.sleep(PAUSE)
+                for phase, call in contenders[name].items():
+                    begin = time.perf_counter()
+                    call()
+                    times[name][phase][r] = time.perf_counter() - begin
+    finally:
+        if collecting:
+            gc.enable()
+    return times
+
+
+def summary(seconds: np.ndarray) -> tuple[float, float, float]:
+    """Return median, 20th and 80th percentile, in milliseconds."""
+    p20, median, p80 = 1e3 * np.nanpercentile(seconds, (20, 50, 80))
+    return float(median), float(p20), float(p80)
+
+
+def ratio(numerator: np.ndarray, denominator: np.ndarray) -> float:
+    """Return the median of the ratios within a round."""
+    return float(np.nanmedian(numerator / denominator))
+
+
+def shared(a: np.ndarray, b: np.ndarray) -> int:
+    """Return in how many rounds both took part."""
+    return int(np.isfinite(a + b).sum())
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return float(np.exp(np.mean(np.log(values))))
+
+
+def _rounds_of(contender: Contender, rounds: int) -> np.ndarray:
+    for _ in range(WARM_UP):
+        begin = time.perf_counter()
+        for call in contender.values():
+            call()
+        seconds = time.perf_counter() - begin
+    count = min(rounds, max(FEWEST, int(PATIENCE / seconds)))
+    spread = np.argsort(np.arange(rounds) * GOLDEN % 1)
+    return np.isin(np.arange(rounds), spread[:count])
