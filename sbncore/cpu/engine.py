@@ -14,7 +14,8 @@ from sbncore.plans import Runs
 
 ROW = 1 << 16  # elements of a channels-first row; longer ones are shared among tasks
 TILE = 256  # elements of the shortest channels-last row worth a loop
-RUN = 16384  # elements of a channels-last run
+RUN = 16384  # elements of a channels-last run, which is summed in float32
+PLACES = 64  # of such a run at least: what flushing its sums is shared among
 TASK = 16384  # elements worth a task of their own
 TASKS = 64
 PARALLEL = 1 << 18  # elements worth waking the other threads
@@ -137,7 +138,7 @@ class _Work:
     def __init__(self, layout: Layout, runs: Runs, masked: bool) -> None:
         C = layout.C
         self.tile = 1 if masked or not layout.last else max(1, TILE // C)
-        longest = max(1, RUN // C // self.tile) * self.tile if layout.last else ROW
+        longest = max(PLACES, RUN // C) // self.tile * self.tile if layout.last else ROW
         self.runs = _split(_joined(runs) if layout.last else runs, longest)
         elements = int(self.runs.length.sum()) * C
         tasks = min(TASKS, max(1, elements // TASK))
