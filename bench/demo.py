@@ -16,6 +16,7 @@ import numpy as np
 import sbncore as sbn
 from bench.network import Network, cross_entropy
 from bench.progress import Progress
+from bench.report import machine
 
 BATCH, VIRTUAL, TEST = 64, 8, 500
 RATE, MOMENTUM, DECAY = 0.05, 0.9, 5e-4
@@ -159,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     steps = len(digits(options.seed)[0]) // BATCH * epochs
     progress = Progress(steps * len(SAMPLERS))
     runs = [train(name, sampler, epochs, options.seed, progress) for name, sampler in SAMPLERS.items()]
-    print(f"\n{epochs} epochs of batches of {BATCH}, seed {options.seed}, {sbn.get_num_threads()} threads\n")
+    print(f"\n{machine(sbn.get_num_threads())} {epochs} epochs of batches of {BATCH}, seed {options.seed}.\n")
     print(table(runs))
     try:
         path = options.out / "demo.png"
