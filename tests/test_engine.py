@@ -9,6 +9,7 @@ from strategies import DTYPES, cases
 
 import sbncore as sbn
 from sbncore import reference
+from sbncore.cpu import engine
 
 
 def check(case):
@@ -40,7 +41,10 @@ def test_forward_and_backward_are_the_references(case):
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("gradient", ["exact", "sampled", "detached"])
 @pytest.mark.parametrize("residual", [False, True])
-def test_large_arrays_use_all_threads_and_stay_right(rng, dtype, channels_last, gradient, residual):
+def test_large_arrays_use_all_threads_and_stay_right(
+    rng, monkeypatch, dtype, channels_last, gradient, residual
+):
+    monkeypatch.setattr(engine, "PARALLEL", 1)
     kind = DTYPES[dtype]
     x, dy, r = (rng.normal(1, 2, (6, 70, 40, 31)).astype(kind) for _ in range(3))
     r = r if residual else None

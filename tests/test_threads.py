@@ -10,10 +10,12 @@ import pytest
 from strategies import DTYPES
 
 import sbncore as sbn
+from sbncore.cpu import engine
 
 
 @pytest.fixture(autouse=True)
-def _threads_as_they_were():
+def _threads_for_everything(monkeypatch):
+    monkeypatch.setattr(engine, "PARALLEL", 1)
     before = sbn.get_num_threads()
     yield
     sbn.set_num_threads(before)
@@ -59,6 +61,8 @@ def test_a_forked_child_computes_the_same():
     script = """
 import os, warnings
 import numpy as np, sbncore as sbn
+from sbncore.cpu import engine
+engine.PARALLEL = 1
 warnings.simplefilter("ignore")
 sbn.set_num_threads(3)
 x = np.random.default_rng(0).normal(size=(16, 32, 40, 40)).astype(np.float32)
