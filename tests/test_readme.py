@@ -1,0 +1,39 @@
+"""The README's examples run as they are printed."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_examples_run(rng):
+    forward_and_backward, training_loop, gradients = re.findall(
+        r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL
+    )
+    names = {}
+    exec(forward_and_backward, names)
+    assert names["grads"].x.shape == (32, 64, 56, 56) and (names["y"] >= 0).all()
+    names["batches"] = [rng.normal(size=(2, 8, 64, 6, 6)).astype(np.float32) for _ in range(3)]
+    exec(training_loop, names)
+    norm = names["norm"]
+    assert norm.num_batches_tracked == 3 and not norm.training and np.abs(norm.bias).max() > 0
+    sbn = names["sbn"]
+    names |= {
+        "x": rng.normal(size=(4, 3, 5)),
+        "weight": np.ones(3),
+        "forward": lambda x, weight: sbn.forward(x, weight),
+        "backward": lambda dy, saved: sbn.backward(dy, saved)[:2],
+    }
+    exec(gradients, names)
+
+
+def test_every_command_is_a_target_of_the_makefile():
+    makefile = README.with_name("Makefile")
+    if not makefile.exists():
+        pytest.skip("no Makefile beside the tests")
+    targets = re.findall(r"^([a-z-]+):", makefile.read_text(encoding="utf-8"), re.MULTILINE)
+    for command in re.findall(r"make ([a-z-]+)", README.read_text(encoding="utf-8")):
+        assert command in targets
