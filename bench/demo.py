@@ -153,6 +153,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for demo.png")
     parser.add_argument("--quick", action="store_true", help="two epochs")
     options = parser.parse_args(argv)
+    if options.epochs < 1:
+        parser.error(f"--epochs: expected at least 1, got {options.epochs}")
+    from threadpoolctl import threadpool_limits  # scikit-learn needs it too
+
+    # BLAS threads wait for one another in a loop: beside another program two took twice as long as one
+    with threadpool_limits(1, user_api="blas"):
+        demonstrate(options)
+
+
+def demonstrate(options: argparse.Namespace) -> None:
+    """Train with every sampler, print the table and draw the curves."""
     epochs = 2 if options.quick else options.epochs
     print("compiling the kernels (the first time takes some seconds; kept out of the timings)", flush=True)
     for name, sampler in SAMPLERS.items():

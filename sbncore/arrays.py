@@ -37,14 +37,13 @@ def borrow(array: Array, name: str) -> np.ndarray:
         return _as_storage(np.asarray(array), name)
     if not hasattr(array, "__dlpack__"):
         raise TypeError(f"{name}: expected an array (NumPy's or one with DLPack), got {type(array).__name__}")
-    if array.__dlpack_device__()[0] != CPU:
-        device = getattr(array, "device", "another device")
-        raise TypeError(f"{name}: expected an array on the CPU, got one on {device}")
-    if hasattr(array, "detach"):
-        array = array.detach()  # PyTorch exports no tensor that requires a gradient
-    if "bfloat16" in str(array.dtype):  # NumPy's DLPack cannot carry it
-        return _bfloat16_bits(array)
-    return _as_storage(np.from_dlpack(array), name)
+    try:
+        if array.__dlpack_device__()[0] != CPU:
+            device = getattr(array, "device", "another device")
+            raise TypeError(f"{name}: expected an array on the CPU, got one on {device}")
+        return _exported(array, name)
+    except (BufferError, ValueError, RuntimeError) as complaint:  # sparse, without memory, ...
+        raise TypeError(f"{name}: expected an array that DLPack can export, got: {complaint}") from None
 
 
 def give(result: np.ndarray, like: Array) -> Array:
@@ -119,8 +118,12 @@ def _as_storage(array: np.ndarray, name: str) -> np.ndarray:
     return array.view(STORAGE[dtype.name])
 
 
-def _bfloat16_bits(array: Array) -> np.ndarray:
+def _exported(array: Array, name: str) -> np.ndarray:
     if hasattr(array, "detach"):
+        array = array.detach()  # PyTorch exports no tensor that requires a gradient
+    if "bfloat16" not in str(array.dtype):
+        return _as_storage(np.from_dlpack(array), name)
+    if hasattr(array, "detach"):  # NumPy's DLPack cannot carry it
         return np.from_dlpack(array.view(_namespace(array).int16)).view(np.uint16)
     return np.asarray(array).view(np.uint16)
 

@@ -88,6 +88,8 @@ def batch_shape(shape: Sequence[int], channel_axis: int) -> tuple[int, ...]:
     sizes = tuple(operator.index(size) for size in shape)
     if len(sizes) < 2:
         raise ValueError(f"shape: expected (N, C, *spatial), at least 2 axes, got {sizes}")
+    if min(sizes) < 0:
+        raise ValueError(f"shape: expected sizes of 0 or more, got {sizes}")
     axis = integer("channel_axis", channel_axis)
     if not -len(sizes) <= axis < len(sizes) or axis % len(sizes) == 0:
         raise ValueError(

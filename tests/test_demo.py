@@ -12,24 +12,24 @@ from bench.network import Network, cross_entropy
 def test_the_networks_gradient(name):
     sampler = demo.SAMPLERS[name]
     network = Network(sampler, 1, (2, 3, 4), np.float64)
-    layers = [layer for layer, each in network.parameters() if each == "weight"]
+    parameters = network.parameters()
     x = np.random.default_rng(0).normal(size=(16, 4, 4, 1))
 
-    def forward(*weights):
-        for layer, weight in zip(layers, weights, strict=True):
-            layer.weight = weight
+    def forward(*values):
+        for (layer, each), value in zip(parameters, values, strict=True):
+            setattr(layer, each, value)
         for norm in network.norms:
             norm.num_batches_tracked = 0  # the same draw each time
         return network.forward(x)
 
     def backward(dy):
         network.backward(dy)
-        return [layer.dweight for layer in layers]
+        return [getattr(layer, "d" + each) for layer, each in parameters]
 
-    weights = [layer.weight for layer in layers]
+    values = [getattr(layer, each) for layer, each in parameters]
     # a step so small that hardly a ReLU is crossed
     tolerances = {"step": 1e-6, "rtol": 1e-4}
-    report = sbn.check_gradients(forward, backward, weights, directions=4, elementwise=0, **tolerances)
+    report = sbn.check_gradients(forward, backward, values, directions=4, elementwise=0, **tolerances)
     assert report, str(report)
 
 

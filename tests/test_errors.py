@@ -207,6 +207,7 @@ SAMPLERS = [
     (ValueError, "Prior: expected a weight in (0, 1], got 0", lambda: sbn.Prior(0)),
     (TypeError, "Prior: expected a sampler, got 0.5", lambda: sbn.Prior(0.5, 0.5)),
     (ValueError, "shape: expected (N, C, *spatial), at least 2 axes, got (8,)", lambda: sbn.Full().plan((8,))),
+    (ValueError, "shape: expected sizes of 0 or more, got (-1, 3, 4)", lambda: sbn.Full().plan((-1, 3, 4))),
     (ValueError, "FeatureSampling: expected a count of at most the 16 positions of a map, got 17",
      lambda: sbn.FeatureSampling(17).plan(X.shape)),
     (ValueError, "NaiveSampling: expected a count of at most the 128 values of a channel, got 129",

@@ -109,6 +109,9 @@ class TestTorch:
             sbn.forward(torch.ones(4, 3, dtype=torch.int64))
         with pytest.raises(TypeError, match="x: expected dtype"):
             sbn.forward(torch.ones(4, 3, dtype=torch.complex64))
+        for exportless in (torch.ones(4, 3).to_sparse(), torch.ones(4, 3, device="meta")):
+            with pytest.raises(TypeError, match="x: expected an array that DLPack can export, got: "):
+                sbn.forward(exportless)
 
     @pytest.mark.parametrize("shape", [(0, 3, 4), (3, 3), (1, 3, 4)])
     def test_full_is_torchs_batch_norm_in_float64(self, shape):
