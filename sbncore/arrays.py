@@ -15,7 +15,7 @@ STORAGE = {name: np.dtype(kind) for name, kind in zip(
     ("float64", "float32", "float16", "bfloat16"), ("f8", "f4", "i2", "u2"), strict=True)}  # fmt: skip
 ELEMENT = {storage: name for name, storage in STORAGE.items()}
 PARAMETER = {"float64": "float64", "float32": "float32", "float16": "float32", "bfloat16": "float32"}
-CPU = 1  # DLPack's kDLCPU
+CPU, CUDA = 1, 2  # DLPack's kDLCPU and kDLCUDA
 
 Array = Any  # anything `borrow` takes
 
@@ -26,10 +26,11 @@ def element_type(array: np.ndarray) -> str:
 
 
 def borrow(array: Array, name: str) -> np.ndarray:
-    """Return a view of the caller's array in its storage type.
+    """Return a view of the caller's array in its storage type: NumPy's, or CuPy's of what is on a GPU.
 
     Raises:
-        TypeError: if it is no array, not on the CPU, of another dtype, or not in native byte order.
+        TypeError: if it is no array, on another kind of device, of another dtype, or not in native byte
+            order, or if it is on a GPU that CuPy cannot reach.
     """
     if isinstance(array, np.ndarray):
         if isinstance(array, np.ma.MaskedArray):
@@ -38,9 +39,14 @@ def borrow(array: Array, name: str) -> np.ndarray:
     if not hasattr(array, "__dlpack__"):
         raise TypeError(f"{name}: expected an array (NumPy's or one with DLPack), got {type(array).__name__}")
     try:
-        if array.__dlpack_device__()[0] != CPU:
+        kind = array.__dlpack_device__()[0]
+        if kind == CUDA:
+            from sbncore.cuda.arrays import borrowed
+
+            return borrowed(array, name)
+        if kind != CPU:
             device = getattr(array, "device", "another device")
-            raise TypeError(f"{name}: expected an array on the CPU, got one on {device}")
+            raise TypeError(f"{name}: expected an array on the CPU or a CUDA device, got one on {device}")
         return _exported(array, name)
     except (BufferError, ValueError, RuntimeError) as complaint:  # sparse, without memory, ...
         raise TypeError(f"{name}: expected an array that DLPack can export, got: {complaint}") from None
@@ -49,7 +55,7 @@ def borrow(array: Array, name: str) -> np.ndarray:
 def give(result: np.ndarray, like: Array) -> Array:
     """Return an array of a storage type, or of float64/float32, as the caller's own type of array."""
     name = ELEMENT[result.dtype]
-    if isinstance(like, np.ndarray):
+    if isinstance(like, type(result)):
         if name == "float16":
             return result.view(np.float16)
         return result.view(like.dtype) if name == "bfloat16" else result
@@ -81,6 +87,18 @@ def narrow(values: np.ndarray, storage: np.dtype) -> np.ndarray:
     return values.astype(storage)
 
 
+def address(view: np.ndarray) -> int:
+    """Return where an array begins in memory."""
+    if isinstance(view, np.ndarray):
+        return view.__array_interface__["data"][0]  # type: ignore[no-any-return]
+    return view.data.ptr  # type: ignore[no-any-return]
+
+
+def place(view: np.ndarray) -> str:
+    """Return which device's memory a borrowed array is in, in words."""
+    return "the CPU" if isinstance(view, np.ndarray) else f"cuda:{view.device.id}"
+
+
 def is_writeable(array: Array) -> bool:
     """Whether the caller's array may be written to: NumPy's say so, JAX's never are."""
     if isinstance(array, np.ndarray):
@@ -93,7 +111,7 @@ def writeable(view: np.ndarray) -> np.ndarray:
 
     Also what the engine does with its inputs: a read-only array would be another compilation of each kernel.
     """
-    if view.flags.writeable:
+    if not isinstance(view, np.ndarray) or view.flags.writeable:
         return view
     return np.asarray(_Memory(view))
 

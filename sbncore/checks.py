@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from sbncore.arrays import PARAMETER, borrow, element_type, is_writeable, widen, writeable
-from sbncore.drawing import batch_shape, integer
+from sbncore.arrays import PARAMETER, address, borrow, element_type, is_writeable, place, writeable
+from sbncore.drawing import batch_shape, integer, is_array
 from sbncore.layout import Layout
 from sbncore.plans import Plan
-from sbncore.statistics import Moments, Statistics
+from sbncore.statistics import Given, Statistics
 
 GRADIENTS = ("exact", "sampled", "detached")
 OUTPUTS = ("x", "weight", "bias", "residual")
@@ -29,7 +29,7 @@ def array(value: Any, name: str, channel_axis: int) -> np.ndarray:
 
 def beside(value: Any, name: str, x: np.ndarray) -> np.ndarray:
     """Return an array of x's shape and dtype: dy, residual, out."""
-    view = borrow(value, name)
+    view = _with(x, value, name)
     if view.shape != x.shape:
         raise ValueError(f"{name}: expected shape {x.shape} as x, got {view.shape}")
     if view.dtype != x.dtype:
@@ -37,9 +37,17 @@ def beside(value: Any, name: str, x: np.ndarray) -> np.ndarray:
     return view
 
 
+def _with(x: np.ndarray, value: Any, name: str) -> np.ndarray:
+    view = borrow(value, name)
+    here, there = place(x), place(view)
+    if here != there:
+        raise TypeError(f"{name}: expected an array on {here} as x, got one on {there}")
+    return view
+
+
 def channels(value: Any, name: str, C: int, x: np.ndarray) -> np.ndarray:
     """Return an array (C,) in the parameters' dtype, or in x's own."""
-    view = borrow(value, name)
+    view = _with(x, value, name)
     if view.shape != (C,):
         raise ValueError(f"{name}: expected shape ({C},) for {C} channels, got {view.shape}")
     allowed = dict.fromkeys((PARAMETER[element_type(x)], element_type(x)))
@@ -79,7 +87,7 @@ def _overlap(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def _place(view: np.ndarray) -> tuple[Any, ...]:
-    return view.__array_interface__["data"][0], view.shape, view.strides
+    return address(view), view.shape, view.strides
 
 
 def epsilon(value: Any, statistics_are_given: bool) -> float:
@@ -138,9 +146,11 @@ def needed(needs: Iterable[str] | None, given: tuple[str, ...]) -> tuple[str, ..
     return names
 
 
-def momentum_of(momentum: Any, step: int) -> float:
+def momentum_of(momentum: Any, step: Any) -> float:
     """Return the weight of the new statistics; None averages all steps so far alike."""
     if momentum is None:
+        if is_array(step):
+            raise ValueError("momentum: expected a number where an array holds the step, got None")
         if integer("step", step) < 0:
             raise ValueError(f"step: expected at least 0 for a cumulative average, got {step}")
         return 1 / (step + 1)
@@ -151,16 +161,27 @@ def momentum_of(momentum: Any, step: int) -> float:
     return float(momentum)
 
 
-class Parameters:
-    """weight and bias in float64, and residual, checked against x."""
+class Running(NamedTuple):
+    """Running statistics that a training call moves, checked, and how far."""
 
-    def __init__(self, x: np.ndarray, layout: Layout, weight: Any, bias: Any, residual: Any) -> None:
-        self.weight = None if weight is None else widen(channels(weight, "weight", layout.C, x))
-        self.bias = None if bias is None else widen(channels(bias, "bias", layout.C, x))
+    mean: np.ndarray
+    var: np.ndarray
+    factor: float
+    skip_nonfinite: bool
+
+
+class Parameters:
+    """weight, bias and residual, checked against x: views of their storage types, or None."""
+
+    def __init__(
+        self, x: np.ndarray, layout: Layout, weight: Any = None, bias: Any = None, residual: Any = None
+    ) -> None:
+        self.weight = None if weight is None else channels(weight, "weight", layout.C, x)
+        self.bias = None if bias is None else channels(bias, "bias", layout.C, x)
         self.residual = None if residual is None else beside(residual, "residual", x)
 
 
-def moments(statistics: Statistics, C: int, x: np.ndarray) -> Moments:
-    """Return the float64 moments of given statistics, checked against x."""
+def given(statistics: Statistics, C: int, x: np.ndarray) -> Given:
+    """Return given statistics, checked against x."""
     mean, var = channels(statistics.mean, "mean", C, x), channels(statistics.var, "var", C, x)
-    return widen(mean), widen(var), statistics.count
+    return Given(mean, var, statistics.count)

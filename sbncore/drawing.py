@@ -7,9 +7,10 @@ import math
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from sbncore.hashing import stream_key
-from sbncore.plans import Part, Plan
+from sbncore.hashing import MASK, absorb, stream_key
+from sbncore.plans import Part, Plan, StepKey
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Batch:
     first: int
     rows: int
     spatial: tuple[int, ...]
-    keys: Iterator[int]
+    keys: Iterator[Any]
 
     @property
     def S(self) -> int:
@@ -36,7 +37,7 @@ class Sampler:
         *,
         seed: int = 0,
         layer: int = 0,
-        step: int = 0,
+        step: Any = 0,
         channel_axis: int = 1,
     ) -> Plan:
         """Draw for one call: a pure function of the sampler and of these arguments.
@@ -45,6 +46,8 @@ class Sampler:
             shape: (N, C, *spatial) of the array to normalize, channels at ``channel_axis``.
             seed, layer, step: integers (modulo 2**64) that name the draw; layers that normalize in the
                 same network should differ in ``layer``, calls of one layer in ``step``.
+                ``step`` may also be an array of one int64, which is read whenever the plan is used: on a
+                GPU by the kernels themselves, so that a captured graph draws anew at every replay.
             channel_axis: axis of ``shape`` that counts channels.
 
         Returns:
@@ -55,10 +58,23 @@ class Sampler:
             TypeError: if seed, layer or step is not an integer.
         """
         outer = batch_shape(shape, channel_axis)
-        seed, layer, step = integer("seed", seed), integer("layer", layer), integer("step", step)
+        seed, layer = integer("seed", seed), integer("layer", layer)
+        before: int | None = None
+        if is_array(step):
+            if str(step.dtype).rpartition(".")[2] != "int64" or math.prod(step.shape) != 1:
+                raise TypeError(
+                    f"step: expected an integer or an array of one int64, got {step.dtype} of shape "
+                    f"{tuple(step.shape)}"
+                )
+            before = absorb(absorb(0, seed & MASK), layer & MASK)
+        else:
+            step = integer("step", step)
         if 0 in outer:
             return Plan(outer, ())
-        keys = (stream_key(seed, layer, step, stream) for stream in itertools.count())
+        keys: Iterator[Any] = (
+            stream_key(seed, layer, step, stream) if before is None else StepKey(before, step, stream)
+            for stream in itertools.count()
+        )
         virtual = self.virtual
         if virtual > outer[0]:
             raise ValueError(
@@ -100,6 +116,11 @@ def batch_shape(shape: Sequence[int], channel_axis: int) -> tuple[int, ...]:
     if math.prod(outer[1:]) > 2**32 or outer[0] > 2**32:
         raise ValueError(f"shape: expected at most 2**32 samples and positions of a map, got {sizes}")
     return outer
+
+
+def is_array(value: object) -> bool:
+    """Whether a step is an array, to be read when the plan is used, and no number."""
+    return hasattr(value, "__dlpack__")
 
 
 def integer(name: str, value: object) -> int:

@@ -6,12 +6,13 @@ Nothing is written, and no running statistic moves, before every argument has be
 from __future__ import annotations
 
 from collections.abc import Iterable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from sbncore import checks, phases
-from sbncore.arrays import ELEMENT, PARAMETER, Array, borrow, give, narrow
+from sbncore import checks
+from sbncore.arrays import ELEMENT, PARAMETER, Array, give
 from sbncore.layout import Result, layout_of
 from sbncore.plans import Plan
 from sbncore.samplers import Full
@@ -68,6 +69,23 @@ def forward(
 
     Source: Chen et al., IEEE TNNLS 32(1), 2021, section III; full: Ioffe and Szegedy, arXiv 1502.03167.
     """
+    return _forward(x, weight, bias, plan, prior, eps, channel_axis, activation, residual, gradient, out, None)
+
+
+def _forward(
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    plan: Plan | None,
+    prior: Statistics | None,
+    eps: float,
+    channel_axis: int,
+    activation: str | None,
+    residual: Array | None,
+    gradient: str,
+    out: Array | None,
+    running: checks.Running | None,
+) -> tuple[Any, Saved]:
     view = checks.array(x, "x", channel_axis)
     layout = layout_of(view, channel_axis)
     if plan is None:
@@ -77,19 +95,15 @@ def forward(
     checks.choice(activation, "activation", (None, "relu"))
     eps = checks.epsilon(eps, statistics_are_given=plan.prior == 1)
     given = checks.Parameters(view, layout, weight, bias, residual)
-    prior_moments = None if prior is None else checks.moments(prior, layout.C, view)
+    by = None if prior is None else checks.given(prior, layout.C, view)
     if out is not None:
         checks.output(out, view, (view, given.weight, given.bias), (given.residual,))
+    phases = phases_for(view)
     flat = layout.flatten(view)
-    statistics = phases.estimate(flat, layout, plan, prior_moments)
-    rstd = phases.reciprocal_deviation(statistics[1], eps)
-    relu = activation == "relu"
     y = Result(flat, layout, x, out)
-    coefficients, mask = phases.normalize(
-        y.flat, flat, layout, statistics[0], rstd, given, relu, relu and residual is not None
-    )
-    saved = Saved(x, flat, layout, plan, statistics, rstd, coefficients, weight, bias,
-                  residual is not None, relu, mask, gradient)  # fmt: skip
+    relu = activation == "relu"
+    state = phases.forward(y.flat, flat, layout, plan, by, given, eps, relu, running)
+    saved = Saved(x, flat, layout, plan, state, weight, bias, residual is not None, relu, gradient)
     return y.hand_back(), saved
 
 
@@ -138,16 +152,16 @@ def backward(
         checks.output(out, view, (view, layout.restore(x)))
     dx = Result(x, layout, saved.like, out) if "x" in wanted else None
     dresidual = Result(x, layout, saved.like) if "residual" in wanted and saved.relu else None
-    dbias = dweight = np.zeros(0)
+    dweight = dbias = np.zeros(0)
     if dx or dresidual or "weight" in wanted or "bias" in wanted:
-        dbias, dweight = phases.differentiate(
+        dweight, dbias = phases_for(x).backward(
             None if dx is None else dx.flat, None if dresidual is None else dresidual.flat,
             layout.flatten(view), saved, gradient,
         )  # fmt: skip
     return Grads(
         None if dx is None else dx.hand_back(),
-        _parameter_gradient(dweight, saved.weight) if "weight" in wanted else None,
-        _parameter_gradient(dbias, saved.bias) if "bias" in wanted else None,
+        give(dweight, saved.weight) if "weight" in wanted else None,
+        give(dbias, saved.bias) if "bias" in wanted else None,
         None if "residual" not in wanted else dy if dresidual is None else dresidual.hand_back(),
     )
 
@@ -165,8 +179,8 @@ def moments(
     if plan is None:
         plan = Full().plan(view.shape, channel_axis=channel_axis)
     checks.plan_for(plan, layout, prior)
-    prior_moments = None if prior is None else checks.moments(prior, layout.C, view)
-    statistics = phases.estimate(layout.flatten(view), layout, plan, prior_moments)
+    by = None if prior is None else checks.given(prior, layout.C, view)
+    statistics = phases_for(view).moments(layout.flatten(view), layout, plan, by)
     return public(statistics, PARAMETER[ELEMENT[view.dtype]], x)
 
 
@@ -193,16 +207,19 @@ def normalize(
     checks.choice(activation, "activation", (None, "relu"))
     eps = checks.epsilon(eps, statistics_are_given=True)
     given = checks.Parameters(view, layout, weight, bias, residual)
-    mean, var, _ = checks.moments(statistics, layout.C, view)
+    by = checks.given(statistics, layout.C, view)
     if out is not None:
         checks.output(out, view, (given.weight, given.bias), (view, given.residual))
-    y = Result(layout.flatten(view), layout, x, out)
-    rstd = phases.reciprocal_deviation(var, eps)
-    phases.normalize(
-        y.flat, layout.flatten(view), layout, mean, rstd, given, activation == "relu", masked=False
-    )
+    flat = layout.flatten(view)
+    y = Result(flat, layout, x, out)
+    phases_for(view).normalize(y.flat, flat, layout, by, given, eps, activation == "relu")
     return y.hand_back()
 
 
-def _parameter_gradient(values: np.ndarray, parameter: Any) -> Any:
-    return give(narrow(values, borrow(parameter, "parameter").dtype), parameter)
+def phases_for(view: np.ndarray) -> ModuleType:
+    """Return the engine for an array: `sbncore.cpu.phases`, or for CuPy's `sbncore.cuda.phases`."""
+    if isinstance(view, np.ndarray):
+        from sbncore.cpu import phases
+    else:
+        from sbncore.cuda import phases  # type: ignore[no-redef]
+    return phases

@@ -37,19 +37,23 @@ class Layout(NamedTuple):
         """Return the array's memory in this layout, flat: a view where it lies so already, else a copy."""
         ordered = self._ordered(array)
         if not self.lies(array):
-            ordered = np.array(ordered, order="C")
+            ordered = ordered.copy(order="C")
         return writeable(ordered).reshape(-1)
 
     def lies(self, array: np.ndarray) -> bool:
         """Whether the array's memory is in this layout already."""
         ordered = self._ordered(array)
-        return bool(ordered.flags.c_contiguous and ordered.flags.aligned)
+        return bool(ordered.flags.c_contiguous and getattr(ordered.flags, "aligned", True))  # CuPy's are
 
     def restore(self, flat: np.ndarray) -> np.ndarray:
         """Return flat memory of this layout in the logical shape, as a view."""
         sizes = (self.N, *self.spatial, self.C) if self.last else (self.N, self.C, *self.spatial)
         here = len(sizes) - 1 if self.last else 1
-        return flat.reshape(sizes) if here == self.axis else np.moveaxis(flat.reshape(sizes), here, self.axis)
+        array = flat.reshape(sizes)
+        if here == self.axis:
+            return array
+        others = [axis for axis in range(len(sizes)) if axis != here]
+        return array.transpose((*others[: self.axis], here, *others[self.axis :]))
 
     def _ordered(self, array: np.ndarray) -> np.ndarray:
         if self.axis == (array.ndim - 1 if self.last else 1):

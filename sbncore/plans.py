@@ -8,14 +8,14 @@ backend (`sbncore.hashing`). `Plan.runs` spells them out as disjoint runs of con
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sbncore.hashing import absorb, bounded, distinct
+from sbncore.hashing import MASK, absorb, bounded, distinct
 
 Ints = NDArray[np.int64]
 
@@ -28,12 +28,28 @@ class Runs(NamedTuple):
     weight: NDArray[np.float64]
 
 
+@dataclass(frozen=True, eq=False)
+class StepKey:
+    """A part's key whose step an array holds: read when the plan is used, on its own device.
+
+    ``key = absorb(absorb(before, step), stream)``, as in `sbncore.hashing`.
+    """
+
+    before: int
+    step: Any
+    stream: int
+
+    def now(self) -> int:
+        """Return the key at the present step (from a GPU's memory: this waits for it)."""
+        return absorb(absorb(self.before, int(self.step.item()) & MASK), self.stream)
+
+
 @dataclass(frozen=True)
 class Part:
     """Places among the samples ``first .. first+rows-1``, sharing ``weight`` of the statistics equally."""
 
     weight: float
-    key: int
+    key: Any  # int, or StepKey
     first: int
     rows: int
 
@@ -176,11 +192,36 @@ class Plan:
         """Number of values per channel that are drawn (a place drawn by two parts counts twice)."""
         return sum(part.count for part in self.parts)
 
+    @property
+    def step(self) -> Any:
+        """The array that holds the step, or None where the draw is made."""
+        key = self.parts[0].key if self.parts else 0
+        return key.step if isinstance(key, StepKey) else None
+
+    def now(self) -> Plan:
+        """Return what is drawn at the present step, where an array holds it; else this plan."""
+        if self.step is None:
+            return self
+        return replace(self, parts=tuple(replace(part, key=part.key.now()) for part in self.parts))
+
     @cached_property
+    def apart(self) -> bool:
+        """Whether no two parts draw from the same samples."""
+        rows = sorted((part.first, part.first + part.rows) for part in self.parts)
+        return all(last <= first for (_, last), (first, _) in zip(rows, rows[1:], strict=False))
+
+    @property
     def effective_count(self) -> float:
         """``1 / sum(p_i ** 2)``: of how many equally weighted values the mean has the variance."""
-        if len(self.parts) == 1:
-            return self.count / self.parts[0].weight ** 2
+        if self.apart or self.step is None:
+            return self._effective_count
+        return self.now()._effective_count
+
+    @cached_property
+    def _effective_count(self) -> float:
+        if self.apart:
+            inverse = math.fsum(part.weight**2 / part.count for part in self.parts)
+            return 1 / inverse if inverse else math.inf
         runs = self.runs
         total = float(np.dot(runs.length, runs.weight**2))
         return 1 / total if total else math.inf
@@ -190,17 +231,27 @@ class Plan:
         """Whether every place is drawn with the same weight."""
         return len(self.parts) == 1 and self.count == self.N * self.S
 
-    @cached_property
+    @property
     def runs(self) -> Runs:
         """The places as disjoint runs in order, none across two samples, weights adding up.
 
         Raises:
             ValueError: if a part (one made by hand) reaches outside the shape.
         """
-        N, S = self.N, self.S
+        return self.now()._runs
+
+    def check(self) -> None:
+        """Raise a ValueError if a part reaches outside the shape."""
         for part in self.parts:
-            if not part.fits(N, S):
-                raise ValueError(f"plan: expected parts within {N} samples of {S} positions, got {part}")
+            if not part.fits(self.N, self.S):
+                raise ValueError(
+                    f"plan: expected parts within {self.N} samples of {self.S} positions, got {part}"
+                )
+
+    @cached_property
+    def _runs(self) -> Runs:
+        self.check()
+        S = self.S
         spelled = [part.places(S) for part in self.parts]
         weights = [part.weight / part.count for part in self.parts]
         if not spelled:

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sbncore.arrays import borrow, give, widen
 
 Moments = tuple[np.ndarray, np.ndarray, float]  # mean and var (C,) in float64, count
+
+
+class Given(NamedTuple):
+    """Checked statistics of the caller's: views of their storage types."""
+
+    mean: np.ndarray
+    var: np.ndarray
+    count: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,8 +83,7 @@ def merge_moments(moments: list[Moments], weights: tuple[float, ...]) -> Moments
     mean = sum(w * m for w, m, _, _ in counted)
     var = sum(w * (v + (m - mean) ** 2) for w, m, v, _ in counted)
     inverse = math.fsum(w * w / count for w, _, _, count in counted)
-    assert isinstance(mean, np.ndarray) and isinstance(var, np.ndarray)
-    return mean, var, 1 / inverse if inverse else math.inf
+    return mean, var, 1 / inverse if inverse else math.inf  # type: ignore[return-value]
 
 
 def public(moments: Moments, dtype: Any, like: Any) -> Statistics:

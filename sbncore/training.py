@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from sbncore import checks
-from sbncore.arrays import Array, narrow, widen
+from sbncore.arrays import Array
 from sbncore.drawing import Sampler
-from sbncore.functional import Saved, forward
+from sbncore.functional import Saved, _forward
 from sbncore.layout import layout_of
 from sbncore.plans import Plan
 from sbncore.samplers import Full
@@ -29,7 +27,7 @@ def batch_norm(
     sampler: Sampler = Full(),  # noqa: B008 - a frozen value
     seed: int = 0,
     layer: int = 0,
-    step: int = 0,
+    step: Any = 0,
     channel_axis: int = 1,
     activation: str | None = None,
     residual: Array | None = None,
@@ -51,7 +49,8 @@ def batch_norm(
         training: whether to estimate statistics or use the running ones.
         momentum: weight of the new statistics in [0, 1]; None averages all steps alike (``1/(step+1)``).
         sampler, seed, layer, step: what to draw; ``step`` counts the training calls from 0.
-        skip_nonfinite: leave the running statistics as they were where a mean or variance is not finite.
+        skip_nonfinite: leave a channel's running statistics as they were where its mean or variance is not
+            finite.
 
     Returns:
         y and what `backward` needs, in both modes.
@@ -79,17 +78,10 @@ def batch_norm(
             raise ValueError("running_mean, running_var: expected arrays for the sampler's prior, got None")
     else:
         plan = Plan((layout.N, *layout.spatial), (), 1.0)
-    y, saved = forward(
-        x, weight, bias, plan=plan, prior=prior if plan.prior > 0 else None, eps=eps,
-        channel_axis=channel_axis, activation=activation, residual=residual, gradient=gradient, out=out,
+    running = None
+    if training and stored:
+        running = checks.Running(stored[0], stored[1], factor, bool(skip_nonfinite))
+    return _forward(
+        x, weight, bias, plan, prior if plan.prior > 0 else None, eps, channel_axis, activation, residual,
+        gradient, out, running,
     )  # fmt: skip
-    if training and stored and view.size:
-        mean, var, count = saved.moments
-        if count > 1:
-            var = var * (1 / (1 - 1 / count))
-        if not skip_nonfinite or (np.isfinite(mean).all() and np.isfinite(var).all()):
-            with np.errstate(all="ignore"):
-                for array, value in zip(stored, (mean, var), strict=True):
-                    before = widen(array)
-                    array[...] = narrow(before + factor * (value - before), array.dtype)
-    return y, saved

@@ -1,0 +1,1 @@
+"""The GPU engine: CUDA C++ kernels, and their launch through CuPy."""

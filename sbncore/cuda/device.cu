@@ -1,0 +1,94 @@
+// What the hardware lends: element types in memory and in arithmetic, 16-byte accesses, clusters of blocks.
+// No header is needed: NVRTC alone compiles this. The emulator of the tests stands in for this file.
+
+typedef long long i64;
+typedef unsigned long long u64;
+typedef unsigned int u32;
+typedef unsigned char u8;
+
+struct float16 { unsigned short bits; };
+struct bfloat16 { unsigned short bits; };
+
+template <class T> struct Compute { typedef float type; };
+template <> struct Compute<double> { typedef double type; };
+
+__device__ inline double widen(double v) { return v; }
+__device__ inline float widen(float v) { return v; }
+__device__ inline float widen(bfloat16 v) { return __uint_as_float(u32(v.bits) << 16); }
+__device__ inline float widen(float16 v) {
+    float wide;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(v.bits));
+    return wide;
+}
+
+__device__ inline void narrow(double& to, double v) { to = v; }
+__device__ inline void narrow(float& to, float v) { to = v; }
+__device__ inline void narrow(float16& to, float v) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(v)); }
+__device__ inline void narrow(bfloat16& to, float v) {
+#if __CUDA_ARCH__ >= 900
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to.bits) : "f"(v));
+#else
+    const u32 bits = __float_as_uint(v);
+    to.bits = v != v ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+#endif
+}
+
+__device__ inline double fused(double a, double b, double c) { return fma(a, b, c); }
+__device__ inline float fused(float a, float b, float c) { return fmaf(a, b, c); }
+
+// V elements that lie together: one access of at most 16 bytes.
+template <class T, int V> struct Pack { T at[V]; };
+
+template <int BYTES> struct Word;
+template <> struct Word<1> { typedef unsigned char type; };
+template <> struct Word<2> { typedef unsigned short type; };
+template <> struct Word<4> { typedef unsigned int type; };
+template <> struct Word<8> { typedef u64 type; };
+template <> struct Word<16> { typedef uint4 type; };
+
+// `last` marks the last use of what is read: it need not stay in a cache.
+template <class T, int V> __device__ inline Pack<T, V> load(const void* memory, i64 element, bool last = false) {
+    typedef typename Word<sizeof(T) * V>::type word;
+    const word* from = (const word*)((const T*)memory + element);
+    const word read = last ? __ldcs(from) : *from;
+    return *(const Pack<T, V>*)&read;
+}
+
+template <class T, int V> __device__ inline void store(void* memory, i64 element, const Pack<T, V>& values) {
+    typedef typename Word<sizeof(T) * V>::type word;
+    word written;
+    *(Pack<T, V>*)&written = values;
+    __stcs((word*)((T*)memory + element), written);
+}
+
+template <class T> __device__ inline T load(const T* from) { return *from; }
+template <class T> __device__ inline void store(T* to, T value) { *to = value; }
+
+#define SHARED(type, name) __shared__ type name
+__device__ inline void block_barrier() { __syncthreads(); }
+
+// The blocks of a cluster read one another's shared memory (sm_90 and later).
+#if __CUDA_ARCH__ >= 900
+__device__ inline void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+__device__ inline u32 neighbour(const void* shared, int rank) {
+    u32 address;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;"
+        : "=r"(address) : "r"((u32)__cvta_generic_to_shared(shared)), "r"(rank));
+    return address;
+}
+__device__ inline float of_rank(const float* shared, int rank) {
+    float value;
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(neighbour(shared, rank)) : "memory");
+    return value;
+}
+__device__ inline double of_rank(const double* shared, int rank) {
+    double value;
+    asm volatile("ld.shared::cluster.f64 %0, [%1];" : "=d"(value) : "r"(neighbour(shared, rank)) : "memory");
+    return value;
+}
+#define CLUSTER(blocks) __cluster_dims__(blocks, 1, 1)
+#else
+#define CLUSTER(blocks)
+#endif

@@ -1,0 +1,100 @@
+"""A CUDA device through CuPy: memory, and kernels of sbn.cu compiled when first launched."""
+
+from __future__ import annotations
+
+from functools import cache, lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+
+FILES = ("device.cu", "places.cu", "sbn.cu")
+OPTIONS = ("--std=c++17",)
+INSTALL = "pip install 'sbncore[cuda13]' (or [cuda12], by what the driver supports: nvidia-smi shows it)"
+
+
+@cache
+def source() -> str:
+    """Return the kernels' source: one text, so that no compiler needs a path, and no cache a stale header."""
+    folder = Path(__file__).parent
+    return "\n".join((folder / name).read_text(encoding="utf-8") for name in FILES)
+
+
+@cache
+def cupy() -> ModuleType:
+    """Import CuPy.
+
+    Raises:
+        RuntimeError: if it is missing, or finds no driver or no device.
+    """
+    try:
+        import cupy
+    except ImportError as complaint:
+        raise RuntimeError(f"arrays on a GPU need CuPy ({complaint}): {INSTALL}") from None
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as complaint:
+        raise RuntimeError(f"CuPy finds no usable NVIDIA driver or GPU: {complaint}") from None
+    if not count:
+        raise RuntimeError("CuPy finds an NVIDIA driver but no GPU; is CUDA_VISIBLE_DEVICES empty?")
+    return cupy  # type: ignore[no-any-return]
+
+
+class Device:
+    """One GPU; all methods act on it, whichever device is current, on the caller's current stream."""
+
+    def __init__(self, index: int) -> None:
+        self._cupy = cupy()
+        self._device = self._cupy.cuda.Device(index)
+        attributes = self._device.attributes
+        self.clusters: bool = int(self._device.compute_capability) >= 90
+        self.multiprocessors: int = attributes["MultiProcessorCount"]
+        self._kernel = lru_cache(maxsize=None)(self._compile)
+
+    def empty(self, shape: Any, dtype: Any) -> Any:
+        """Return new memory, from CuPy's pool."""
+        with self._device:
+            return self._cupy.empty(shape, dtype)
+
+    def step(self, array: Any) -> Any:
+        """Return a view of a plan's step.
+
+        Raises:
+            TypeError: if it is not in this device's memory.
+        """
+        if not isinstance(array, self._cupy.ndarray):
+            try:
+                array = self._cupy.from_dlpack(array)
+            except Exception as complaint:
+                raise TypeError(f"step: expected an array on {self._device}, got: {complaint}") from None
+        if array.device != self._device:
+            raise TypeError(f"step: expected an array on {self._device}, got one on {array.device}")
+        return array
+
+    def launch(self, name: str, grid: int, threads: int, call: bytes) -> None:
+        """Launch a kernel, given as its template's instance, with the bytes of its argument."""
+        with self._device:
+            self._kernel(name)((grid,), (threads,), (np.frombuffer(call, np.uint8),))
+
+    def _compile(self, name: str) -> Any:
+        module = self._cupy.RawModule(code=source(), options=OPTIONS, name_expressions=(name,))
+        try:
+            return module.get_function(name)
+        except (OSError, RuntimeError) as complaint:
+            if "nvrtc" not in str(complaint).lower():
+                raise
+            raise RuntimeError(f"CuPy cannot compile a kernel: {complaint}; {INSTALL}") from complaint
+
+
+@cache
+def _device(index: int) -> Device:
+    return Device(index)
+
+
+def device_of(array: Any) -> Device:
+    """Return the device of a CuPy array."""
+    return _device(array.device.id)
+
+

@@ -1,0 +1,326 @@
+"""What a GPU does in a call, in order: of checked arguments, over flat device memory.
+
+`sbncore.cpu.phases` has the same four functions. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from sbncore.arrays import address, borrow, element_type, widen
+from sbncore.checks import Parameters, Running
+from sbncore.cuda import call, geometry
+from sbncore.cuda.device import Device, device_of
+from sbncore.layout import Layout
+from sbncore.plans import Part, Plan
+from sbncore.saved import Saved
+from sbncore.statistics import Given, Moments
+
+TYPES = {"float64": "double", "float32": "float", "float16": "float16", "bfloat16": "bfloat16"}
+MASK_WORD = {8: 4, 4: 2, 2: 1, 1: 1}  # bytes for UNROLL rows of a column of so many elements
+
+
+class State:
+    """What forward leaves for backward in device memory, and the launch geometry of its mask."""
+
+    def __init__(self, values: Any, count: float, mask: Any, vector: int, draws: Draws) -> None:
+        self.values = values  # (6, C) float64: mean, var, rstd, shift, scale, offset
+        self.count = count
+        self.mask = mask
+        self.vector = vector
+        self.draws = draws
+
+    @property
+    def moments(self) -> Moments:
+        return self.values[0], self.values[1], self.count
+
+
+class Draws:
+    """What a plan's parts need in device memory: the step as it was, the few values that are sorted."""
+
+    def __init__(self, device: Device, plan: Plan, size: int) -> None:
+        step = plan.step
+        self.step = None if step is None else device.step(step)
+        self.kept = None if step is None else device.empty(1, "int64")
+        self.tables: Any = None
+        self.addresses: dict[int, int] = {}
+        counts = [call.table_size(part, size) for part in plan.parts]
+        if any(counts):
+            self.tables = device.empty(sum(counts), "int32")
+            for k, count in enumerate(counts):
+                if count:
+                    self.addresses[k] = address(self.tables) + 4 * sum(counts[:k])
+
+    def parts(self, parts: tuple[Part, ...], plan: Plan, walked: bool = True) -> bytes:
+        tables = {k: self.addresses.get(plan.parts.index(part), 0) for k, part in enumerate(parts)}
+        return call.pack_parts(parts, plan.S, tables, walked)
+
+
+class Work:
+    """One call's arrays, geometry and launches."""
+
+    def __init__(self, device: Device, x: Any, layout: Layout, plan: Plan, arrays: tuple[Any, ...], fused: bool) -> None:
+        self.device, self.x, self.layout, self.plan = device, x, layout, plan
+        aligned = not any(address(array) % 16 for array in (x, *arrays) if array is not None)
+        self.sizes = geometry.Sizes(layout.N, layout.C, layout.S, layout.last, x.dtype.itemsize, aligned)
+        multiprocessors = device.multiprocessors
+        self.places = geometry.places(self.sizes, plan.count, multiprocessors)
+        self.fused = geometry.cluster(self.sizes, multiprocessors) if fused and device.clusters else None
+        self.sweep = self.fused or geometry.sweep(self.sizes, multiprocessors)
+        self.geometry = geometry.packed(self.sizes, self.sweep, self.places)
+        self.type = TYPES[element_type(x)]
+        self.partial: Any = None
+
+    def partial_for(self, blocks: int, slots: int) -> int:
+        """Return the address of memory for the blocks' sums."""
+        real = "float64" if self.type == "double" else "float32"
+        self.partial = self.device.empty(blocks * 2 * slots, real)
+        return address(self.partial)
+
+    def everywhere(self, kernel: str, options: str, pointers: dict[str, int], parts: bytes, **numbers: Any) -> None:
+        """Launch a kernel over everything."""
+        if self.sweep.rows and self.sweep.row:
+            name = f"{kernel}<{self.type},{self.sweep.vector},{self.sweep.layout},{options}>"
+            packed = call.pack(pointers, self.geometry, parts, **numbers)
+            self.device.launch(name, self.sweep.grid, self.sweep.threads, packed)
+
+    def at_places(self, kernel: str, options: str, pointers: dict[str, int], parts: bytes, **numbers: Any) -> None:
+        """Launch a kernel over the places drawn."""
+        name = f"{kernel}<{self.type},{self.places.vector},{self.places.layout},{options}>"
+        packed = call.pack(pointers, self.geometry, parts, **numbers)
+        self.device.launch(name, self.places.grid, self.places.threads, packed)
+
+
+def moments(x: Any, layout: Layout, plan: Plan, prior: Given | None) -> Moments:
+    """Return the moments of the places drawn, mixed with the prior."""
+    _check(plan)
+    device = device_of(x)
+    values = device.empty((6, layout.C), "float64")
+    if x.size:
+        given = Parameters(x, layout)
+        draws = Draws(device, plan, layout.S)
+        work = Work(device, x, layout, plan, (), fused=False)
+        pointers = {"state": address(values), "x": address(x)}
+        _estimate_and_normalize(work, pointers, draws, prior, given, 1.0, None, "false,false", write=False)
+    else:
+        _of_nothing(values, plan, prior)
+    return values[0], values[1], _count(plan, prior, x.size)
+
+
+def forward(
+    y: Any,
+    x: Any,
+    layout: Layout,
+    plan: Plan,
+    prior: Given | None,
+    given: Parameters,
+    eps: float,
+    relu: bool,
+    running: Running | None = None,
+) -> State:
+    """Write y and move the running statistics; where backward needs them, keep the bits of y > 0."""
+    device = device_of(x)
+    _check(plan)
+    residual = None if given.residual is None else layout.flatten(given.residual)
+    values = device.empty((6, layout.C), "float64")
+    draws = Draws(device, plan, layout.S)
+    work = Work(device, x, layout, plan, (y, residual), fused=plan.prior < 1)
+    count = _count(plan, prior, x.size)
+    mask = None
+    if not x.size:
+        _of_nothing(values, plan, prior)
+    else:
+        if running is not None and prior is not None and plan.prior < 1:
+            prior = Given(prior.mean.copy(), prior.var.copy(), prior.count)  # blocks read it while one moves it
+        if relu and residual is not None:
+            sweep = work.sweep
+            words = -(-sweep.rows // geometry.UNROLL) * sweep.columns
+            mask = device.empty(words * MASK_WORD[sweep.vector], "uint8")
+        pointers = {
+            "y": address(y), "x": address(x), "residual": _at(residual), "mask": _at(mask),
+            "state": address(values),
+        }  # fmt: skip
+        options = f"{_flag(relu)},{_flag(residual is not None)}"
+        _estimate_and_normalize(work, pointers, draws, prior, given, eps, running, options, count=count)
+    return State(values, count, mask, work.sweep.vector, draws)
+
+
+def normalize(
+    y: Any, x: Any, layout: Layout, by: Given, given: Parameters, eps: float, relu: bool
+) -> None:
+    """Write y, normalized by given statistics."""
+    device = device_of(x)
+    plan = Plan((layout.N, *layout.spatial), (), 1.0)
+    residual = None if given.residual is None else layout.flatten(given.residual)
+    values = device.empty((6, layout.C), "float64")
+    work = Work(device, x, layout, plan, (y, residual), fused=False)
+    pointers = {"y": address(y), "x": address(x), "residual": _at(residual), "state": address(values)}
+    options = f"{_flag(relu)},{_flag(residual is not None)}"
+    draws = Draws(device, plan, layout.S)
+    _estimate_and_normalize(work, pointers, draws, by, given, eps, None, options)
+
+
+def backward(
+    dx: Any, dresidual: Any, dy: Any, saved: Saved, gradient: str
+) -> tuple[Any, Any]:
+    """Write dx and dresidual, and return dweight and dbias in their parameters' types.
+
+    The exact gradient is one pass over dy and x and a repair of the places drawn; where all are drawn, the
+    sums come first and the "repair" is the pass that writes.
+    """
+    x, layout, plan, state = saved.x, saved.layout, saved.plan, saved.state
+    device = device_of(x)
+    dweight, dbias = (
+        None if p is None else device.empty((layout.C,), borrow(p, "parameter").dtype)
+        for p in (saved.weight, saved.bias)
+    )
+    if not x.size:
+        for array in (dweight, dbias):
+            if array is not None:
+                array[...] = 0
+        return dweight, dbias
+    masked = state.mask is not None
+    asked = (dx, dresidual)
+    if masked and state.vector > 1:  # the mask is read in the columns it was written in
+        dy = dy if address(dy) % 16 == 0 else dy.copy()
+        dx, dresidual = (a if a is None or address(a) % 16 == 0 else device.empty(a.shape, a.dtype) for a in asked)
+    through = gradient != "detached" and plan.parts != () and dx is not None
+    dense = through and plan.full
+    sampled = gradient == "sampled" and plan.parts != () and not plan.full
+    work = Work(device, x, layout, plan, (dy, dx, dresidual), fused=not (dense or sampled) and plan.apart)
+    draws = state.draws
+    pointers = {
+        "dx": _at(dx), "dresidual": _at(dresidual), "mask": _at(state.mask), "x": address(x), "dy": address(dy),
+        "dweight": _at(dweight), "dbias": _at(dbias), "state": address(state.values), "step": _at(draws.kept),
+    }  # fmt: skip
+    elements = sum(
+        call.OWN[name] for name, array in (("weight", dweight), ("bias", dbias))
+        if array is not None and array.dtype == x.dtype
+    )  # fmt: skip
+    mode = "MASKED" if masked else "RELU" if saved.relu else "PLAIN"
+    parts = draws.parts(plan.parts, plan) if through else call.pack_parts((), plan.S, {})
+    if work.fused:
+        work.everywhere("backward", mode, pointers, parts, total_scale=1.0, elements=elements)
+    else:
+        sweep = work.sweep
+        read: dict[str, Any] = {"elements": elements, "total_scale": 1.0}
+        if sampled:
+            pointers["partial"] = work.partial_for(work.places.blocks, layout.C)
+            work.at_places("sums_of_places", mode, pointers, draws.parts(plan.parts, plan))
+            if dx is not None or dresidual is not None:
+                work.everywhere("sums", f"{mode},false", pointers, b"")
+            scale = layout.N * layout.S / (1 - plan.prior)
+            read |= {"from_places": True, "from_blocks": work.places.blocks, "total_scale": scale}
+        else:
+            pointers["partial"] = work.partial_for(sweep.blocks, sweep.slots)
+            only_sums = pointers | {"dx": 0, "dresidual": 0} if dense else pointers
+            work.everywhere("sums", f"{mode},true", only_sums, b"")
+            read["from_blocks"] = sweep.blocks
+        if dense:
+            work.everywhere("repair", mode, pointers, draws.parts(plan.parts, plan, walked=False), **read)
+        elif plan.apart or not through:
+            work.at_places("repair_places", mode, pointers, parts, **read)
+        else:
+            for k, part in enumerate(plan.parts):
+                work.at_places(
+                    "repair_places", mode, pointers, draws.parts((part,), plan), onto=k > 0, **read
+                )
+    for array, wanted in zip((dx, dresidual), asked, strict=True):
+        if array is not wanted:
+            wanted[...] = array
+    return dweight, dbias
+
+
+def _estimate_and_normalize(
+    work: Work,
+    pointers: dict[str, int],
+    draws: Draws,
+    prior: Given | None,
+    given: Parameters,
+    eps: float,
+    running: Running | None,
+    options: str,
+    *,
+    count: float = 0.0,
+    write: bool = True,
+) -> None:
+    plan, layout = work.plan, work.layout
+    parameters = {"weight": given.weight, "bias": given.bias}
+    if prior is not None:
+        parameters |= {"prior_mean": prior.mean, "prior_var": prior.var}
+    if running is not None:
+        parameters |= {"running_mean": running.mean, "running_var": running.var}
+    held = {name: _dense(array) for name, array in parameters.items() if array is not None}
+    for name, array in held.items():
+        pointers[name] = address(array)
+    elements = sum(call.OWN[name] for name, array in held.items() if array.dtype == work.x.dtype)
+    pointers["step"], pointers["step_kept"] = _at(draws.step), _at(draws.kept)
+    numbers: dict[str, Any] = {"prior": plan.prior, "eps": eps, "elements": elements}
+    if running is not None:
+        numbers |= {
+            "momentum": running.factor, "skip_nonfinite": running.skip_nonfinite,
+            "unbiased": 1 / (1 - 1 / count) if count > 1 else 1.0,
+        }  # fmt: skip
+    walked = not plan.full
+    parts = draws.parts(plan.parts, plan, walked) if plan.prior < 1 else call.pack_parts((), plan.S, {})
+    if plan.full:
+        numbers["total_scale"] = 1 / (layout.N * layout.S)
+    elif plan.prior < 1:
+        numbers["total_scale"] = 1 / sum(part.weight for part in plan.parts)
+    if draws.addresses:
+        most = max(call.range_size(part, plan.S) for part in plan.parts if call.table_size(part, plan.S))
+        work.device.launch("draw", -(-most // 128), 128, call.pack(pointers, work.geometry, parts))
+    if work.fused:
+        work.everywhere("forward", options, pointers, parts, **numbers)
+    else:
+        if plan.prior < 1:
+            if plan.full:
+                pointers["partial"] = work.partial_for(work.sweep.blocks, work.sweep.slots)
+                work.everywhere("sums", "MOMENTS,true", pointers, parts)
+                numbers["from_blocks"] = work.sweep.blocks
+            else:
+                pointers["partial"] = work.partial_for(work.places.blocks, layout.C)
+                work.at_places("sums_of_places", "MOMENTS", pointers, parts)
+                numbers |= {"from_places": True, "from_blocks": work.places.blocks}
+        if not write:  # no rows: what is before them remains
+            work.sweep = work.sweep._replace(blocks=1)
+            work.geometry = geometry.packed(work.sizes, work.sweep._replace(rows=0), work.places)
+        work.everywhere("normalize", options, pointers, parts, **numbers)
+    for name in ("running_mean", "running_var"):
+        if name in held and held[name] is not parameters[name]:
+            parameters[name][...] = held[name]
+
+
+def _of_nothing(values: Any, plan: Plan, prior: Given | None) -> None:
+    values[...] = 0
+    if prior is not None and plan.prior == 1:
+        values[0], values[1] = widen(prior.mean), widen(prior.var)
+
+
+def _check(plan: Plan) -> None:
+    plan.check()
+    if len(plan.parts) > call.PARTS:
+        raise ValueError(f"plan: expected at most {call.PARTS} parts on a GPU, got {len(plan.parts)}")
+    if not plan.apart and plan.step is not None:
+        raise ValueError("plan: expected parts that share no samples where an array holds the step")
+
+
+def _count(plan: Plan, prior: Given | None, size: int) -> float:
+    if prior is None:
+        return plan.effective_count if size else 0.0
+    inverse = plan.prior**2 / prior.count + (1 / plan.effective_count if size and plan.prior < 1 else 0.0)
+    return 1 / inverse if inverse else float("inf")
+
+
+def _at(array: Any) -> int:
+    return 0 if array is None else address(array)
+
+
+def _dense(array: Any) -> Any:
+    return array if array.strides == (array.itemsize,) or array.size == 1 else array.copy()
+
+
+def _flag(value: bool) -> str:
+    return "true" if value else "false"

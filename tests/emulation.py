@@ -1,0 +1,142 @@
+"""The CUDA kernels on a machine without a GPU: sbn.cu through g++, launched by the real engine on NumPy arrays."""
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from sbncore import functional
+from sbncore.cuda import call, device, phases
+from sbncore.cuda.geometry import CLUSTER
+
+EMULATOR = Path(__file__).parent / "emulator"
+TYPES = {"double": 2, "float": 4, "float16": 8, "bfloat16": 8}  # elements of 16 bytes
+
+
+def instances(clusters=True, types=tuple(TYPES)):
+    """Every kernel that the engine can ask for."""
+    names = ["draw"]
+    flags = ("false", "true")
+    gradients = ("PLAIN", "RELU", "MASKED")
+    for kind in types:
+        vector = TYPES[kind]
+        for V, layout in ((vector, "FIRST"), (vector, "SEAMED"), (vector, "LAST"), (1, "FIRST"), (1, "LAST")):
+            instance = f"{kind},{V},{layout}"
+            names += [f"sums<{instance},MOMENTS,true>"]
+            names += [f"sums<{instance},{mode},{flag}>" for mode in gradients for flag in flags]
+            names += [f"normalize<{instance},{a},{b}>" for a in flags for b in flags]
+            names += [f"repair<{instance},{mode}>" for mode in gradients]
+            if layout == "LAST" or instance.endswith("1,FIRST"):
+                names += [f"sums_of_places<{instance},{mode}>" for mode in ("MOMENTS", *gradients)]
+                names += [f"repair_places<{instance},{mode}>" for mode in gradients]
+            if clusters and V > 1 and layout != "LAST":
+                names += [f"forward<{instance},{a},{b}>" for a in flags for b in flags]
+                names += [f"backward<{instance},{mode}>" for mode in gradients]
+    return names
+
+
+def build(kinds, source=None, only=None):
+    """Compile the kernels of some element types, kept by their text; returns the library's path."""
+    text = device.source().partition("// A call's arguments")[1:]
+    text = "".join(text) if source is None else source
+    names = [name for name in instances(types=kinds) if only is None or name in only]
+    table = "\n".join(
+        f'{{"{name}", [](void* call) {{ {name}(*(const Call*)call); }}, '
+        f"{str(name.startswith(('forward<', 'backward<'))).lower()}}},"
+        for name in names
+    )
+    headers = [(EMULATOR / name).read_text() for name in ("device.h", "host.h")]
+    digest = hashlib.sha256("\n".join([text, table, *headers]).encode()).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir()) / f"sbncore-emulator-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    library = folder / f"{digest}.so"
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            Path(work, "instances.inc").write_text(table)
+            unit = Path(work, "kernels.cpp")
+            unit.write_text(f'#include "{EMULATOR}/device.h"\n{text}\n#include "{EMULATOR}/host.h"\n')
+            made = Path(work, "made.so")
+            subprocess.run(
+                ["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-w", f"-I{work}",
+                 str(unit), "-o", str(made)],
+                check=True, capture_output=True, text=True,
+            )  # fmt: skip
+            made.rename(library)
+    return library
+
+
+class EmulatedDevice:
+    """Stands in for `sbncore.cuda.device.Device`; memory it hands out, and what it is shown, is watched."""
+
+    def __init__(self, libraries, multiprocessors=3, clusters=True, seed=0):
+        self._libraries = [ctypes.CDLL(str(library)) for library in libraries]
+        for library in self._libraries:
+            library.launch.restype = ctypes.c_char_p
+            library.call_size.restype = ctypes.c_longlong
+            assert library.call_size() == call.SIZE
+        self.multiprocessors, self.clusters, self.seed = multiprocessors, clusters, seed
+        self.launches = []
+        self._named = {}
+
+    def empty(self, shape, dtype):
+        array = np.empty(shape, dtype)
+        array.view(np.uint8).fill(0xAB) if array.size else None
+        self.name(array, written=False)
+        return array
+
+    def step(self, array):
+        return array
+
+    def launch(self, name, grid, threads, packed):
+        self.launches.append((name, grid, threads))
+        memory = ctypes.create_string_buffer(packed, len(packed))
+        for library in self._libraries:
+            library.forget_arrays()
+            for begin, (size, written, _) in self._named.items():
+                library.name_array(
+                    ctypes.c_void_p(begin), ctypes.c_longlong(size), ctypes.c_void_p(written.ctypes.data)
+                )
+            self.seed += 1
+            wrong = library.launch(
+                name.encode(), ctypes.c_uint(grid), ctypes.c_uint(threads), memory, ctypes.c_ulonglong(self.seed)
+            )
+            if wrong != b"no such kernel was compiled":
+                break
+        if wrong:
+            raise AssertionError(f"{name}, grid {grid} of {threads} threads: {wrong.decode()}")
+
+    def traffic(self):
+        """Return bytes loaded, bytes stored, accesses of 16 bytes, and narrower ones, since the last time."""
+        total = np.zeros(4, np.int64)
+        for library in self._libraries:
+            counts = np.zeros(4, np.int64)
+            library.traffic(ctypes.c_void_p(counts.ctypes.data))
+            total += counts
+        return total
+
+    def name(self, array, written=True):
+        """Let the kernels touch an array: those bytes, and no others."""
+        begin, nbytes = array.__array_interface__["data"][0], array.nbytes
+        if nbytes and self._named.get(begin, (0,))[0] < nbytes:
+            self._named[begin] = (nbytes, np.full(nbytes, written, np.uint8), array)
+
+
+@contextlib.contextmanager
+def emulated(emulator):
+    """Within, `sbncore`'s functions take NumPy arrays to the CUDA engine, on an EmulatedDevice."""
+
+    def watched(array):
+        emulator.name(array)
+        return array.__array_interface__["data"][0]
+
+    before = functional.phases_for, phases.address, phases.device_of
+    functional.phases_for, phases.address, phases.device_of = lambda x: phases, watched, lambda x: emulator
+    try:
+        yield emulator
+    finally:
+        functional.phases_for, phases.address, phases.device_of = before
