@@ -40,18 +40,18 @@ def instances(clusters=True, types=tuple(TYPES)):
     return names
 
 
-def build(kinds, source=None, only=None):
+def build(kinds, source=None, optimize=True):
     """Compile the kernels of some element types, kept by their text; returns the library's path."""
     text = device.source().partition("// A call's arguments")[1:]
     text = "".join(text) if source is None else source
-    names = [name for name in instances(types=kinds) if only is None or name in only]
+    names = [name for name in instances(types=kinds)]
     table = "\n".join(
         f'{{"{name}", [](void* call) {{ {name}(*(const Call*)call); }}, '
         f"{str(name.startswith(('forward<', 'backward<'))).lower()}}},"
         for name in names
     )
     headers = [(EMULATOR / name).read_text() for name in ("device.h", "host.h")]
-    digest = hashlib.sha256("\n".join([text, table, *headers]).encode()).hexdigest()[:16]
+    digest = hashlib.sha256("\n".join([text, table, str(optimize), *headers]).encode()).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"sbncore-emulator-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     library = folder / f"{digest}.so"
@@ -62,7 +62,7 @@ def build(kinds, source=None, only=None):
             unit.write_text(f'#include "{EMULATOR}/device.h"\n{text}\n#include "{EMULATOR}/host.h"\n')
             made = Path(work, "made.so")
             subprocess.run(
-                ["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-w", f"-I{work}",
+                ["g++", "-std=c++17", "-O1" if optimize else "-O0", "-ffp-contract=off", "-fPIC", "-shared", "-w", f"-I{work}",
                  str(unit), "-o", str(made)],
                 check=True, capture_output=True, text=True,
             )  # fmt: skip

@@ -47,7 +47,7 @@ def samplers():
     return st.one_of(plain, st.builds(sbn.Prior, st.sampled_from([0.1, 0.5, 1.0]), plain))
 
 
-def shapes_NCS():
+def shapes_NCS(batch):
     """(N, C, *spatial) with 0 to 3 spatial axes and sizes that are no multiple of anything."""
     side = st.integers(1, 9)
     spatial = st.one_of(
@@ -57,7 +57,6 @@ def shapes_NCS():
         st.sampled_from([(7, 7), (14, 14), (28, 28), (56, 56)]),
         st.tuples(st.integers(1, 4), st.integers(1, 4), side),
     )
-    batch = st.integers(4, 9)
     channels = st.sampled_from([1, 2, 3, 5, 16, 33, 300])
     return st.builds(lambda n, c, s: (n, c, *s), batch, channels, spatial).filter(
         lambda shape: np.prod(shape) <= 120_000
@@ -133,9 +132,9 @@ class Case:
 
 
 @st.composite
-def cases(draw, dtypes=tuple(DTYPES)):
+def cases(draw, dtypes=tuple(DTYPES), batch=st.integers(4, 9)):  # noqa: B008
     dtype = draw(st.sampled_from(dtypes))
-    shape = draw(shapes_NCS())
+    shape = draw(shapes_NCS(batch))
     sampler = draw(samplers())
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     mean, std = draw(st.sampled_from([(0.0, 1.0), (3.0, 2.0), (-1.0, 0.1)]))

@@ -110,6 +110,8 @@ def cluster(sizes: Sizes, multiprocessors: int) -> Sweep | None:
     group = vector // math.gcd(S, vector)
     if last or vector == 1 or vector > S or C % group or quads < CLUSTER:
         return None
+    if sweep(sizes, multiprocessors).fold > 1:  # the mask's rows are the same, whichever kernels run
+        return None
     while 2 * group <= GROUP and C % (2 * group) == 0 and 2 * group * S // vector <= THREADS // 4:
         group *= 2
     span, tiles = group * S // vector, C // group

@@ -23,14 +23,14 @@ MASK_WORD = {8: 4, 4: 2, 2: 1, 1: 1}  # bytes for UNROLL rows of a column of so 
 
 
 class State:
-    """What forward leaves for backward in device memory, and the launch geometry of its mask."""
+    """What forward leaves for backward in device memory."""
 
-    def __init__(self, values: Any, count: float, mask: Any, vector: int, draws: Draws) -> None:
+    def __init__(self, values: Any, count: float, draws: Draws) -> None:
         self.values = values  # (6, C) float64: mean, var, rstd, shift, scale, offset
         self.count = count
-        self.mask = mask
-        self.vector = vector
         self.draws = draws
+        self.mask: Any = None
+        self.aligned = True  # the mask's columns: of 16 bytes
 
     @property
     def moments(self) -> Moments:
@@ -61,14 +61,16 @@ class Draws:
 class Work:
     """One call's arrays, geometry and launches."""
 
-    def __init__(self, device: Device, x: Any, layout: Layout, plan: Plan, arrays: tuple[Any, ...], fused: bool) -> None:
+    def __init__(
+        self, device: Device, x: Any, layout: Layout, plan: Plan, arrays: tuple[Any, ...], fused: bool,
+        aligned: bool = True,
+    ) -> None:
         self.device, self.x, self.layout, self.plan = device, x, layout, plan
-        aligned = not any(address(array) % 16 for array in (x, *arrays) if array is not None)
+        aligned = aligned and all(_aligned(array) for array in (x, *arrays))
         self.sizes = geometry.Sizes(layout.N, layout.C, layout.S, layout.last, x.dtype.itemsize, aligned)
-        multiprocessors = device.multiprocessors
-        self.places = geometry.places(self.sizes, plan.count, multiprocessors)
-        self.fused = geometry.cluster(self.sizes, multiprocessors) if fused and device.clusters else None
-        self.sweep = self.fused or geometry.sweep(self.sizes, multiprocessors)
+        self.places = geometry.places(self.sizes, plan.count, device.multiprocessors)
+        self.fused = geometry.cluster(self.sizes, device.multiprocessors) if fused and device.clusters else None
+        self.sweep = self.fused or geometry.sweep(self.sizes, device.multiprocessors)
         self.geometry = geometry.packed(self.sizes, self.sweep, self.places)
         self.type = TYPES[element_type(x)]
         self.partial: Any = None
@@ -79,18 +81,29 @@ class Work:
         self.partial = self.device.empty(blocks * 2 * slots, real)
         return address(self.partial)
 
-    def everywhere(self, kernel: str, options: str, pointers: dict[str, int], parts: bytes, **numbers: Any) -> None:
+    def everywhere(
+        self, kernel: str, options: str, pointers: dict[str, int], parts: bytes = b"", **numbers: Any
+    ) -> None:
         """Launch a kernel over everything."""
-        if self.sweep.rows and self.sweep.row:
-            name = f"{kernel}<{self.type},{self.sweep.vector},{self.sweep.layout},{options}>"
-            packed = call.pack(pointers, self.geometry, parts, **numbers)
-            self.device.launch(name, self.sweep.grid, self.sweep.threads, packed)
+        self._launch(kernel, self.sweep, options, pointers, parts, numbers)
 
-    def at_places(self, kernel: str, options: str, pointers: dict[str, int], parts: bytes, **numbers: Any) -> None:
+    def at_places(
+        self, kernel: str, options: str, pointers: dict[str, int], parts: bytes, **numbers: Any
+    ) -> None:
         """Launch a kernel over the places drawn."""
-        name = f"{kernel}<{self.type},{self.places.vector},{self.places.layout},{options}>"
-        packed = call.pack(pointers, self.geometry, parts, **numbers)
-        self.device.launch(name, self.places.grid, self.places.threads, packed)
+        self._launch(kernel, self.places, options, pointers, parts, numbers)
+
+    def _launch(
+        self,
+        kernel: str,
+        over: geometry.Sweep | geometry.Places,
+        options: str,
+        pointers: dict[str, int],
+        parts: bytes,
+        numbers: dict[str, Any],
+    ) -> None:
+        name = f"{kernel}<{self.type},{over.vector},{over.layout},{options}>"
+        self.device.launch(name, over.grid, over.threads, call.pack(pointers, self.geometry, parts, **numbers))
 
 
 def moments(x: Any, layout: Layout, plan: Plan, prior: Given | None) -> Moments:
@@ -103,7 +116,7 @@ def moments(x: Any, layout: Layout, plan: Plan, prior: Given | None) -> Moments:
         draws = Draws(device, plan, layout.S)
         work = Work(device, x, layout, plan, (), fused=False)
         pointers = {"state": address(values), "x": address(x)}
-        _estimate_and_normalize(work, pointers, draws, prior, given, 1.0, None, "false,false", write=False)
+        _launch_forward(work, pointers, draws, prior, given, 1.0, None, "false,false", write=False)
     else:
         _of_nothing(values, plan, prior)
     return values[0], values[1], _count(plan, prior, x.size)
@@ -121,36 +134,37 @@ def forward(
     running: Running | None = None,
 ) -> State:
     """Write y and move the running statistics; where backward needs them, keep the bits of y > 0."""
-    device = device_of(x)
     _check(plan)
-    residual = None if given.residual is None else layout.flatten(given.residual)
+    device = device_of(x)
     values = device.empty((6, layout.C), "float64")
-    draws = Draws(device, plan, layout.S)
-    work = Work(device, x, layout, plan, (y, residual), fused=plan.prior < 1)
-    count = _count(plan, prior, x.size)
-    mask = None
+    state = State(values, _count(plan, prior, x.size), Draws(device, plan, layout.S))
     if not x.size:
         _of_nothing(values, plan, prior)
-    else:
-        if running is not None and prior is not None and plan.prior < 1:
-            prior = Given(prior.mean.copy(), prior.var.copy(), prior.count)  # blocks read it while one moves it
-        if relu and residual is not None:
-            sweep = work.sweep
-            words = -(-sweep.rows // geometry.UNROLL) * sweep.columns
-            mask = device.empty(words * MASK_WORD[sweep.vector], "uint8")
-        pointers = {
-            "y": address(y), "x": address(x), "residual": _at(residual), "mask": _at(mask),
-            "state": address(values),
-        }  # fmt: skip
-        options = f"{_flag(relu)},{_flag(residual is not None)}"
-        _estimate_and_normalize(work, pointers, draws, prior, given, eps, running, options, count=count)
-    return State(values, count, mask, work.sweep.vector, draws)
+        return state
+    residual = None if given.residual is None else layout.flatten(given.residual)
+    work = Work(device, x, layout, plan, (y, residual), fused=plan.prior < 1)
+    if running is not None and prior is not None and plan.prior < 1:
+        prior = Given(prior.mean.copy(), prior.var.copy(), prior.count)  # blocks read it while one moves it
+    if relu and residual is not None:
+        sweep = work.sweep
+        words = -(-sweep.rows // geometry.UNROLL) * sweep.columns
+        state.mask = device.empty(words * MASK_WORD[sweep.vector], "uint8")
+        state.aligned = work.sizes.aligned
+    pointers = {
+        "y": address(y), "x": address(x), "residual": _at(residual), "mask": _at(state.mask),
+        "state": address(values),
+    }  # fmt: skip
+    options = f"{_flag(relu)},{_flag(residual is not None)}"
+    _launch_forward(work, pointers, state.draws, prior, given, eps, running, options, state.count)
+    return state
 
 
 def normalize(
     y: Any, x: Any, layout: Layout, by: Given, given: Parameters, eps: float, relu: bool
 ) -> None:
     """Write y, normalized by given statistics."""
+    if not x.size:
+        return
     device = device_of(x)
     plan = Plan((layout.N, *layout.spatial), (), 1.0)
     residual = None if given.residual is None else layout.flatten(given.residual)
@@ -159,7 +173,7 @@ def normalize(
     pointers = {"y": address(y), "x": address(x), "residual": _at(residual), "state": address(values)}
     options = f"{_flag(relu)},{_flag(residual is not None)}"
     draws = Draws(device, plan, layout.S)
-    _estimate_and_normalize(work, pointers, draws, by, given, eps, None, options)
+    _launch_forward(work, pointers, draws, by, given, eps, None, options)
 
 
 def backward(
@@ -183,13 +197,16 @@ def backward(
         return dweight, dbias
     masked = state.mask is not None
     asked = (dx, dresidual)
-    if masked and state.vector > 1:  # the mask is read in the columns it was written in
-        dy = dy if address(dy) % 16 == 0 else dy.copy()
-        dx, dresidual = (a if a is None or address(a) % 16 == 0 else device.empty(a.shape, a.dtype) for a in asked)
+    if masked and state.aligned:  # the mask is read in the columns it was written in
+        dy = dy if _aligned(dy) else dy.copy()
+        dx, dresidual = (a if _aligned(a) else device.empty(a.shape, a.dtype) for a in asked)
     through = gradient != "detached" and plan.parts != () and dx is not None
     dense = through and plan.full
     sampled = gradient == "sampled" and plan.parts != () and not plan.full
-    work = Work(device, x, layout, plan, (dy, dx, dresidual), fused=not (dense or sampled) and plan.apart)
+    work = Work(
+        device, x, layout, plan, (dy, dx, dresidual), not (dense or sampled) and plan.apart,
+        aligned=state.aligned,
+    )  # fmt: skip
     draws = state.draws
     pointers = {
         "dx": _at(dx), "dresidual": _at(dresidual), "mask": _at(state.mask), "x": address(x), "dy": address(dy),
@@ -210,13 +227,13 @@ def backward(
             pointers["partial"] = work.partial_for(work.places.blocks, layout.C)
             work.at_places("sums_of_places", mode, pointers, draws.parts(plan.parts, plan))
             if dx is not None or dresidual is not None:
-                work.everywhere("sums", f"{mode},false", pointers, b"")
+                work.everywhere("sums", f"{mode},false", pointers)
             scale = layout.N * layout.S / (1 - plan.prior)
             read |= {"from_places": True, "from_blocks": work.places.blocks, "total_scale": scale}
         else:
             pointers["partial"] = work.partial_for(sweep.blocks, sweep.slots)
             only_sums = pointers | {"dx": 0, "dresidual": 0} if dense else pointers
-            work.everywhere("sums", f"{mode},true", only_sums, b"")
+            work.everywhere("sums", f"{mode},true", only_sums)
             read["from_blocks"] = sweep.blocks
         if dense:
             work.everywhere("repair", mode, pointers, draws.parts(plan.parts, plan, walked=False), **read)
@@ -233,7 +250,7 @@ def backward(
     return dweight, dbias
 
 
-def _estimate_and_normalize(
+def _launch_forward(
     work: Work,
     pointers: dict[str, int],
     draws: Draws,
@@ -242,8 +259,8 @@ def _estimate_and_normalize(
     eps: float,
     running: Running | None,
     options: str,
-    *,
     count: float = 0.0,
+    *,
     write: bool = True,
 ) -> None:
     plan, layout = work.plan, work.layout
@@ -316,6 +333,10 @@ def _count(plan: Plan, prior: Given | None, size: int) -> float:
 
 def _at(array: Any) -> int:
     return 0 if array is None else address(array)
+
+
+def _aligned(array: Any) -> bool:
+    return array is None or address(array) % 16 == 0
 
 
 def _dense(array: Any) -> Any:

@@ -294,6 +294,7 @@ __device__ void sweep(const Shared<A>& shared, const Call& call, Share share, ty
                     if (READS_X) x[u] = load<T, V>(call.x, begin + u * call.row);
                     if (M != MOMENTS) dy[u] = load<T, V>(call.dy, begin + u * call.row);
                 }
+            real a[A::K] = {}, b[A::K] = {};  // few are added to few, and few such to many: rounding grows slowly
             u32 bits = 0;
             if (M == MASKED) bits = load((const typename Bits<V>::type*)call.mask + quad * call.columns + column);
             #pragma unroll
@@ -306,8 +307,8 @@ __device__ void sweep(const Shared<A>& shared, const Call& call, Share share, ty
                     const bool kept = bits >> (u * V + i) & 1;
                     const real g = gradient<A, M>(lane, i, d, xi, kept), deviation = xi - lane.at(SHIFT, i);
                     if (SUM) {
-                        lane.add(first, i, g);
-                        lane.add(second, i, g * deviation);
+                        lane.add(a, i, g);
+                        lane.add(b, i, g * deviation);
                     }
                     if (M == MOMENTS) continue;
                     real value = g * lane.at(SCALE, i);
@@ -317,6 +318,10 @@ __device__ void sweep(const Shared<A>& shared, const Call& call, Share share, ty
                 }
                 if (M != MOMENTS && call.dx) store<T, V>(call.dx, begin + u * call.row, dx);
                 if (M == MASKED && call.dresidual) store<T, V>(call.dresidual, begin + u * call.row, dresidual);
+            }
+            for (int k = 0; SUM && k < A::K; ++k) {
+                first[k] += a[k];
+                second[k] += b[k];
             }
         });
 }
@@ -365,29 +370,27 @@ __device__ void normalize_everywhere(const Shared<A>& shared, const Call& call, 
 
 // Calls visit(indices in memory, how many of them there are, the part) for what is this thread's: up to
 // UNROLL places of one column, of V channels in channels-last memory and of one channel else.
-template <class A, class Leave, class Visit>
-__device__ void at_places(const Call& call, Share share, i64 column, int ty, int TY, Leave leave, Visit visit) {
+template <class A, class Visit>
+__device__ void at_places(const Call& call, Share share, i64 column, int ty, int TY, Visit visit) {
     for (int k = 0; k < call.parts; ++k) {
         const Part& part = call.part[k];
         const i64 places = part.groups * part.positions;
         const i64 from = places * share.block / share.blocks + ty, to = places * (share.block + 1) / share.blocks;
-        if (from < to) {
-            Walk walk(call, part, from, TY);
-            for (i64 r = from; r < to;) {
-                i64 index[UNROLL];
-                int live = 0;
-                #pragma unroll 1
-                for (; live < UNROLL && r < to; ++live, r += TY, walk.next(part)) {
-                    walk.find(call, part);
-                    const i64 found = index_of<A>(call, walk.n, walk.s, column * A::V);
-                    #pragma unroll
-                    for (int u = 0; u < UNROLL; ++u)
-                        if (u == live) index[u] = found;  // an index known to the compiler keeps it in registers
-                }
-                visit(index, live, (typename A::real)part.weight);
+        if (from >= to) continue;
+        Walk walk(call, part, from, TY);
+        for (i64 r = from; r < to;) {
+            i64 index[UNROLL];
+            int live = 0;
+            #pragma unroll 1
+            for (; live < UNROLL && r < to; ++live, r += TY, walk.next(part)) {
+                walk.find(call, part);
+                const i64 found = index_of<A>(call, walk.n, walk.s, column * A::V);
+                #pragma unroll
+                for (int u = 0; u < UNROLL; ++u)
+                    if (u == live) index[u] = found;  // an index known to the compiler keeps it in registers
             }
+            visit(index, live, (typename A::real)part.weight);
         }
-        leave((typename A::real)part.weight);
     }
 }
 
@@ -397,17 +400,8 @@ __device__ void sum_places(const Lane<A>& lane, const Call& call, Share share, i
     typedef typename A::T T;
     typedef typename A::real real;
     enum { V = A::V };
-    real a[A::K] = {}, b[A::K] = {};
     at_places<A>(
-        call, share, column, ty, TY,
-        [&](real weight) {
-            for (int k = 0; k < A::K; ++k) {
-                first[k] += weight * a[k];
-                second[k] += weight * b[k];
-                a[k] = b[k] = 0;
-            }
-        },
-        [&](const i64 index[], int live, real) {
+        call, share, column, ty, TY, [&](const i64 index[], int live, real weight) {
             Pack<T, V> x[UNROLL], dy[UNROLL];
             #pragma unroll
             for (int u = 0; u < UNROLL; ++u)
@@ -415,15 +409,20 @@ __device__ void sum_places(const Lane<A>& lane, const Call& call, Share share, i
                     x[u] = load<T, V>(call.x, index[u]);
                     if (M != MOMENTS) dy[u] = load<T, V>(call.dy, index[u]);
                 }
+            real few[A::K] = {}, products[A::K] = {};
             #pragma unroll
             for (int u = 0; u < UNROLL; ++u)
                 for (int i = 0; i < V; ++i) {
                     if (u >= live) continue;
                     const real xi = widen(x[u].at[i]), d = M == MOMENTS ? real(0) : widen(dy[u].at[i]);
                     const real g = gradient<A, M>(lane, i, d, xi, M == MASKED && masked(call, index[u] + i));
-                    lane.add(a, i, g);
-                    lane.add(b, i, g * (xi - lane.at(SHIFT, i)));
+                    lane.add(few, i, g);
+                    lane.add(products, i, g * (xi - lane.at(SHIFT, i)));
                 }
+            for (int k = 0; k < A::K; ++k) {
+                first[k] += weight * few[k];
+                second[k] += weight * products[k];
+            }
         });
 }
 
@@ -433,8 +432,7 @@ __device__ void repair_at_places(const Lane<A>& lane, const Call& call, Share sh
     typedef typename A::real real;
     enum { V = A::V };
     at_places<A>(
-        call, share, column, ty, TY, [](real) {},
-        [&](const i64 index[], int live, real p) {
+        call, share, column, ty, TY, [&](const i64 index[], int live, real p) {
             Pack<T, V> x[UNROLL], dy[UNROLL];
             #pragma unroll
             for (int u = 0; u < UNROLL; ++u)
@@ -551,7 +549,7 @@ __device__ inline void keep_step(const Call& call) {
     if (call.step && call.step_kept && blockIdx.x == 0 && threadIdx.x == 0) store(call.step_kept, load(call.step));
 }
 
-template <class T, int V, Layout L, Mode M, bool SUM> __global__ void __launch_bounds__(THREADS) sums(const __grid_constant__ Call call) {
+template <class T, int V, Layout L, Mode M, bool SUM> __global__ void __launch_bounds__(THREADS, 2) sums(const __grid_constant__ Call call) {
     typedef Access<T, V, L> A;
     typedef typename A::real real;
     SHARED(Shared<A>, shared);
@@ -573,7 +571,7 @@ template <class T, int V, Layout L, Mode M, bool SUM> __global__ void __launch_b
 }
 
 template <class T, int V, Layout L, bool ACTIVATE, bool RESIDUAL>
-__global__ void __launch_bounds__(THREADS) normalize(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(THREADS, 2) normalize(const __grid_constant__ Call call) {
     typedef Access<T, V, L> A;
     SHARED(Shared<A>, shared);
     const Share share = share_of(call.tiles, call.blocks);
@@ -584,7 +582,7 @@ __global__ void __launch_bounds__(THREADS) normalize(const __grid_constant__ Cal
     normalize_everywhere<A, ACTIVATE, RESIDUAL>(shared, call, share);
 }
 
-template <class T, int V, Layout L, Mode M> __global__ void __launch_bounds__(THREADS) repair(const __grid_constant__ Call call) {
+template <class T, int V, Layout L, Mode M> __global__ void __launch_bounds__(THREADS, 2) repair(const __grid_constant__ Call call) {
     typedef Access<T, V, L> A;
     SHARED(Shared<A>, shared);
     const Share share = share_of(call.tiles, call.blocks);
@@ -606,7 +604,7 @@ __device__ void prepare_places(Shared<A>& shared, const Call& call, Share share,
         [&](i64 local, double total[2]) { prepare(local, begin + local, share.block == 0, total); });
 }
 
-template <class T, int V, Layout L, Mode M> __global__ void __launch_bounds__(THREADS) sums_of_places(const __grid_constant__ Call call) {
+template <class T, int V, Layout L, Mode M> __global__ void __launch_bounds__(THREADS, 2) sums_of_places(const __grid_constant__ Call call) {
     typedef Access<T, V, L> A;
     typedef typename A::real real;
     SHARED(Shared<A>, shared);
@@ -663,7 +661,7 @@ __device__ void prepare_cluster(Shared<A>& shared, const Call& call, Share share
 }
 
 template <class T, int V, Layout L, bool ACTIVATE, bool RESIDUAL>
-__global__ void CLUSTER(BLOCKS) __launch_bounds__(THREADS) forward(const __grid_constant__ Call call) {
+__global__ void CLUSTER(BLOCKS) __launch_bounds__(THREADS, 2) forward(const __grid_constant__ Call call) {
     typedef Access<T, V, L> A;
     typedef Access<T, 1, FIRST> Single;
     typedef typename A::real real;
@@ -695,7 +693,7 @@ __global__ void CLUSTER(BLOCKS) __launch_bounds__(THREADS) forward(const __grid_
 }
 
 template <class T, int V, Layout L, Mode M>
-__global__ void CLUSTER(BLOCKS) __launch_bounds__(THREADS) backward(const __grid_constant__ Call call) {
+__global__ void CLUSTER(BLOCKS) __launch_bounds__(THREADS, 2) backward(const __grid_constant__ Call call) {
     typedef Access<T, V, L> A;
     typedef Access<T, 1, FIRST> Single;
     typedef typename A::real real;

@@ -1,0 +1,97 @@
+"""The emulator bites: kernels without one of their barriers, or with an index shifted, fail its tests."""
+
+import itertools
+import re
+import subprocess
+
+import emulation
+import numpy as np
+import pytest
+from test_emulation import SAMPLERS, run
+
+import sbncore as sbn
+from sbncore.cuda import device
+
+SOURCE = device.source()
+BARRIERS = [
+    (match.start(), match.end())
+    for match in re.finditer(r"(?<!void )(block|cluster)_barrier\(\);", SOURCE)
+    if match.start() > SOURCE.index("struct Hashes")
+]
+SHIFTED = [
+    ("part.first + j;", "part.first + j + 1;"),
+    ("part.stride * j)", "part.stride * j + 1)"),
+    ("s -= call.S;", "s -= call.S - 1;"),
+    ("q -= part.positions;", "q -= part.positions - 1;"),
+    ("bits / 2;", "bits / 2 + 1;"),
+    ("rank += hashes.of[other] < mine", "rank += hashes.of[other] <= mine"),
+    ("rank < part.groups", "rank < part.groups - 1"),
+    ("call.rows - quad * UNROLL", "call.rows - quad * UNROLL + 1"),
+    ("quads * share.block /", "(quads - 1) * share.block /"),
+    ("column >= call.columns", "column > call.columns"),
+    ("within >= call.span", "within > call.span"),
+    ("left < A::V ? (int)left", "left < A::V ? (int)left - 1"),
+    ("bits >> (u * V + i)", "bits >> (u * V + i + 1)"),
+    ("bit = row % UNROLL * V", "bit = (row + 1) % UNROLL * V"),
+    ("t + half * TX]", "t + half * TX - 1]"),
+    ("A::V;\n            from =", "A::V - 1;\n            from ="),
+    ("column += helpers", "column += helpers + 1"),
+    ("b += helpers)", "b += helpers + 1)"),
+    ("share.tile);\n        if (local", "share.tile + 1);\n        if (local"),
+    ("(to * call.S + call.S - 1)", "(to * call.S + call.S)"),
+    ("from * call.S / (", "(from + 1) * call.S / ("),
+    ("rank = helper; rank < BLOCKS", "rank = helper; rank < BLOCKS - 1"),
+    ("k * call.C + c, state[k]", "k * call.C + c + 1, state[k]"),
+    ("places * (share.block + 1) / share.blocks", "places * (share.block + 1) / share.blocks - 1"),
+]
+
+
+def battery(library):
+    """Run what a fault must show itself in; raises where it does."""
+    few = sbn.Mixture([(0.5, sbn.NaiveSampling(40)), (0.5, sbn.BatchSampling(8, "random"))])
+    many = sbn.NaiveSampling(3000)
+    options = [dict(relu=relu, add=add) for relu, add in itertools.product([False, True], repeat=2)]
+    for seed, clusters in itertools.product(range(2), [True, False]):
+        emulator = emulation.EmulatedDevice([library], seed=seed, clusters=clusters, multiprocessors=3)
+        rng = np.random.default_rng(seed)
+        for k, (shape, sampler) in enumerate(
+            [
+                ((33, 40, 7, 7), SAMPLERS["run"]), ((33, 2, 40, 40), SAMPLERS["patch"]),
+                ((33, 2, 1028), SAMPLERS["full"]), ((35, 44, 7, 7), SAMPLERS["full"]),
+                ((32, 8, 6, 6), SAMPLERS["strided"]), ((12, 4, 8), few), ((40, 2, 15, 15), many),
+                ((9, 3, 7), SAMPLERS["run"]), ((5, 300, 3, 5), SAMPLERS["twice"]), ((64, 70), SAMPLERS["samples"]),
+            ]
+        ):  # fmt: skip
+            for last in (False, True):
+                run(emulator, rng, "float32", shape, sampler, last, **options[(k + seed) % 4], step=seed)
+        run(emulator, rng, "float32", (33, 40, 7, 7), SAMPLERS["run"], False, True, True, "sampled")
+
+
+def library(source):
+    text = source[source.index("// A call's arguments") :]
+    return emulation.build(("float",), text, optimize=False)
+
+
+def test_without_a_fault_nothing_is_found():
+    battery(emulation.build(("float",)))
+
+
+def caught(source):
+    try:
+        built = library(source)
+    except subprocess.CalledProcessError as failure:
+        pytest.fail(failure.stderr)
+    with pytest.raises(AssertionError):
+        battery(built)
+
+
+@pytest.mark.parametrize("k", range(len(BARRIERS)))
+def test_a_barrier_that_is_left_out_is_missed(k):
+    begin, end = BARRIERS[k]
+    caught(SOURCE[:begin] + "/* no barrier */;" + SOURCE[end:])
+
+
+@pytest.mark.parametrize(("right", "wrong"), SHIFTED)
+def test_an_index_that_is_shifted_is_found(right, wrong):
+    assert SOURCE.count(right) >= 1, "the kernels no longer contain this text"
+    caught(SOURCE.replace(right, wrong))
