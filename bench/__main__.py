@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 import sys
 
-BENCHMARKS = {"layer": "one BN layer: checked, then timed against a copy, NumPy and PyTorch"}
+BENCHMARKS = {
+    "layer": "one BN layer: checked, then timed against a copy, NumPy and PyTorch",
+    "kernels": "what every CUDA kernel needs of a GPU, compiled without one",
+}
 
 
 def main(arguments: list[str]) -> None:

@@ -7,6 +7,7 @@ as int16 and uint16 of their bits, since NumPy has no bfloat16 and Numba no floa
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ ELEMENT = {storage: name for name, storage in STORAGE.items()}
 PARAMETER = {"float64": "float64", "float32": "float32", "float16": "float32", "bfloat16": "float32"}
 CPU, CUDA = 1, 2  # DLPack's kDLCPU and kDLCUDA
 
+_HERE: AbstractContextManager[None] = nullcontext()
 Array = Any  # anything `borrow` takes
 
 
@@ -41,9 +43,7 @@ def borrow(array: Array, name: str) -> np.ndarray:
     try:
         kind = array.__dlpack_device__()[0]
         if kind == CUDA:
-            from sbncore.cuda.arrays import borrowed
-
-            return borrowed(array, name)
+            return _on_gpu(array, name)
         if kind != CPU:
             device = getattr(array, "device", "another device")
             raise TypeError(f"{name}: expected an array on the CPU or a CUDA device, got one on {device}")
@@ -99,6 +99,20 @@ def place(view: np.ndarray) -> str:
     return "the CPU" if isinstance(view, np.ndarray) else f"cuda:{view.device.id}"
 
 
+def on_device(view: np.ndarray) -> AbstractContextManager[Any]:
+    """Return a context in which a borrowed array's device is the current one."""
+    return _HERE if isinstance(view, np.ndarray) else view.device  # type: ignore[return-value]
+
+
+def empty_like(view: np.ndarray) -> np.ndarray:
+    """Return new memory of a borrowed array's shape and type, on its device."""
+    if isinstance(view, np.ndarray):
+        return np.empty_like(view)
+    from sbncore.cuda.device import device_of
+
+    return device_of(view).empty(view.shape, view.dtype)
+
+
 def is_writeable(array: Array) -> bool:
     """Whether the caller's array may be written to: NumPy's say so, JAX's never are."""
     if isinstance(array, np.ndarray):
@@ -134,6 +148,19 @@ def _as_storage(array: np.ndarray, name: str) -> np.ndarray:
     if dtype.name not in STORAGE:
         raise TypeError(f"{name}: expected dtype float64, float32, float16 or bfloat16, got {dtype}")
     return array.view(STORAGE[dtype.name])
+
+
+def _on_gpu(array: Array, name: str) -> Any:
+    from sbncore.cuda.device import cupy
+
+    xp = cupy()
+    if not isinstance(array, xp.ndarray):
+        if hasattr(array, "detach"):
+            array = array.detach()
+            if "bfloat16" in str(array.dtype):
+                return xp.from_dlpack(array.view(_namespace(array).int16)).view(np.uint16)
+        array = xp.from_dlpack(array)
+    return _as_storage(array, name)
 
 
 def _exported(array: Array, name: str) -> np.ndarray:

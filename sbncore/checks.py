@@ -80,10 +80,19 @@ def output(
 
 
 def _overlap(a: np.ndarray, b: np.ndarray) -> bool:
+    if not isinstance(a, np.ndarray):
+        (first, last), (begin, end) = _bounds(a), _bounds(b)
+        return first < end and begin < last
     try:
         return np.shares_memory(a, b, max_work=10_000)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
+
+
+def _bounds(view: np.ndarray) -> tuple[int, int]:
+    reach = [stride * (size - 1) for stride, size in zip(view.strides, view.shape, strict=True)]
+    first = address(view) + sum(min(0, each) for each in reach)
+    return first, first + (sum(map(abs, reach)) + view.dtype.itemsize if view.size else 0)
 
 
 def _place(view: np.ndarray) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sbncore import checks
-from sbncore.arrays import ELEMENT, PARAMETER, Array, give
+from sbncore.arrays import ELEMENT, PARAMETER, Array, give, on_device
 from sbncore.layout import Result, layout_of
 from sbncore.plans import Plan
 from sbncore.samplers import Full
@@ -69,7 +69,9 @@ def forward(
 
     Source: Chen et al., IEEE TNNLS 32(1), 2021, section III; full: Ioffe and Szegedy, arXiv 1502.03167.
     """
-    return _forward(x, weight, bias, plan, prior, eps, channel_axis, activation, residual, gradient, out, None)
+    return _forward(
+        x, weight, bias, plan, prior, eps, channel_axis, activation, residual, gradient, out, None
+    )
 
 
 def _forward(
@@ -98,13 +100,13 @@ def _forward(
     by = None if prior is None else checks.given(prior, layout.C, view)
     if out is not None:
         checks.output(out, view, (view, given.weight, given.bias), (given.residual,))
-    phases = phases_for(view)
-    flat = layout.flatten(view)
-    y = Result(flat, layout, x, out)
-    relu = activation == "relu"
-    state = phases.forward(y.flat, flat, layout, plan, by, given, eps, relu, running)
-    saved = Saved(x, flat, layout, plan, state, weight, bias, residual is not None, relu, gradient)
-    return y.hand_back(), saved
+    with on_device(view):
+        flat = layout.flatten(view)
+        y = Result(flat, layout, x, out)
+        relu = activation == "relu"
+        state = phases_for(view).forward(y.flat, flat, layout, plan, by, given, eps, relu, running)
+        saved = Saved(x, flat, layout, plan, state, weight, bias, residual is not None, relu, gradient)
+        return y.hand_back(), saved
 
 
 def backward(
@@ -150,20 +152,21 @@ def backward(
         if "x" not in wanted:
             raise ValueError("out: expected None, since needs leaves out 'x'")
         checks.output(out, view, (view, layout.restore(x)))
-    dx = Result(x, layout, saved.like, out) if "x" in wanted else None
-    dresidual = Result(x, layout, saved.like) if "residual" in wanted and saved.relu else None
-    dweight = dbias = np.zeros(0)
-    if dx or dresidual or "weight" in wanted or "bias" in wanted:
-        dweight, dbias = phases_for(x).backward(
-            None if dx is None else dx.flat, None if dresidual is None else dresidual.flat,
-            layout.flatten(view), saved, gradient,
-        )  # fmt: skip
-    return Grads(
-        None if dx is None else dx.hand_back(),
-        give(dweight, saved.weight) if "weight" in wanted else None,
-        give(dbias, saved.bias) if "bias" in wanted else None,
-        None if "residual" not in wanted else dy if dresidual is None else dresidual.hand_back(),
-    )
+    with on_device(view):
+        dx = Result(x, layout, saved.like, out) if "x" in wanted else None
+        dresidual = Result(x, layout, saved.like) if "residual" in wanted and saved.relu else None
+        dweight = dbias = np.zeros(0)
+        if dx or dresidual or "weight" in wanted or "bias" in wanted:
+            dweight, dbias = phases_for(view).backward(
+                None if dx is None else dx.flat, None if dresidual is None else dresidual.flat,
+                layout.flatten(view), saved, gradient,
+            )  # fmt: skip
+        return Grads(
+            None if dx is None else dx.hand_back(),
+            give(dweight, saved.weight) if "weight" in wanted else None,
+            give(dbias, saved.bias) if "bias" in wanted else None,
+            None if "residual" not in wanted else dy if dresidual is None else dresidual.hand_back(),
+        )
 
 
 def moments(
@@ -180,8 +183,9 @@ def moments(
         plan = Full().plan(view.shape, channel_axis=channel_axis)
     checks.plan_for(plan, layout, prior)
     by = None if prior is None else checks.given(prior, layout.C, view)
-    statistics = phases_for(view).moments(layout.flatten(view), layout, plan, by)
-    return public(statistics, PARAMETER[ELEMENT[view.dtype]], x)
+    with on_device(view):
+        statistics = phases_for(view).moments(layout.flatten(view), layout, plan, by)
+        return public(statistics, PARAMETER[ELEMENT[view.dtype]], x)
 
 
 def normalize(
@@ -210,10 +214,11 @@ def normalize(
     by = checks.given(statistics, layout.C, view)
     if out is not None:
         checks.output(out, view, (given.weight, given.bias), (view, given.residual))
-    flat = layout.flatten(view)
-    y = Result(flat, layout, x, out)
-    phases_for(view).normalize(y.flat, flat, layout, by, given, eps, activation == "relu")
-    return y.hand_back()
+    with on_device(view):
+        flat = layout.flatten(view)
+        y = Result(flat, layout, x, out)
+        phases_for(view).normalize(y.flat, flat, layout, by, given, eps, activation == "relu")
+        return y.hand_back()
 
 
 def phases_for(view: np.ndarray) -> ModuleType:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sbncore.arrays import Array, borrow, give, writeable
+from sbncore.arrays import Array, borrow, empty_like, give, writeable
 
 
 class Layout(NamedTuple):
@@ -92,7 +92,7 @@ class Result:
         if target is not None and layout.lies(target):
             self.flat = layout.flatten(target)
         else:
-            self.flat = np.empty_like(x)
+            self.flat = empty_like(x)
             self._target = None if target is None else writeable(target)
 
     def hand_back(self) -> Array:

@@ -7,6 +7,7 @@ backend (`sbncore.hashing`). `Plan.runs` spells them out as disjoint runs of con
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -208,7 +209,7 @@ class Plan:
     def apart(self) -> bool:
         """Whether no two parts draw from the same samples."""
         rows = sorted((part.first, part.first + part.rows) for part in self.parts)
-        return all(last <= first for (_, last), (first, _) in zip(rows, rows[1:], strict=False))
+        return all(last <= first for (_, last), (first, _) in itertools.pairwise(rows))
 
     @property
     def effective_count(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +13,8 @@ from sbncore.arrays import borrow, give, widen
 Moments = tuple[np.ndarray, np.ndarray, float]  # mean and var (C,) in float64, count
 
 
-class Given(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Given:
     """Checked statistics of the caller's: views of their storage types."""
 
     mean: np.ndarray

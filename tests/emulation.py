@@ -1,4 +1,4 @@
-"""The CUDA kernels on a machine without a GPU: sbn.cu through g++, launched by the real engine on NumPy arrays."""
+"""The CUDA kernels without a GPU: sbn.cu through g++, launched by the real engine on NumPy arrays."""
 
 import contextlib
 import ctypes
@@ -10,36 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
+from bench.kernels import instances
 from sbncore import functional
 from sbncore.cuda import call, device, phases
-from sbncore.cuda.geometry import CLUSTER
 
 EMULATOR = Path(__file__).parent / "emulator"
-TYPES = {"double": 2, "float": 4, "float16": 8, "bfloat16": 8}  # elements of 16 bytes
-
-
-def instances(clusters=True, types=tuple(TYPES)):
-    """Every kernel that the engine can ask for."""
-    names = ["draw"]
-    flags = ("false", "true")
-    gradients = ("PLAIN", "RELU", "MASKED")
-    for kind in types:
-        vector = TYPES[kind]
-        for V, layout in ((vector, "FIRST"), (vector, "SEAMED"), (vector, "LAST"), (1, "FIRST"), (1, "LAST")):
-            instance = f"{kind},{V},{layout}"
-            names += [f"sums<{instance},MOMENTS,true>"]
-            names += [f"sums<{instance},{mode},{flag}>" for mode in gradients for flag in flags]
-            names += [f"normalize<{instance},{a},{b}>" for a in flags for b in flags]
-            names += [f"repair<{instance},{mode}>" for mode in gradients]
-            if layout == "LAST" or instance.endswith("1,FIRST"):
-                names += [f"sums_of_places<{instance},{mode}>" for mode in ("MOMENTS", *gradients)]
-                names += [f"repair_places<{instance},{mode}>" for mode in gradients]
-            if clusters and V > 1 and layout != "LAST":
-                names += [f"forward<{instance},{a},{b}>" for a in flags for b in flags]
-                names += [f"backward<{instance},{mode}>" for mode in gradients]
-    return names
-
-
 def build(kinds, source=None, optimize=True):
     """Compile the kernels of some element types, kept by their text; returns the library's path."""
     text = device.source().partition("// A call's arguments")[1:]
@@ -62,8 +37,8 @@ def build(kinds, source=None, optimize=True):
             unit.write_text(f'#include "{EMULATOR}/device.h"\n{text}\n#include "{EMULATOR}/host.h"\n')
             made = Path(work, "made.so")
             subprocess.run(
-                ["g++", "-std=c++17", "-O1" if optimize else "-O0", "-ffp-contract=off", "-fPIC", "-shared", "-w", f"-I{work}",
-                 str(unit), "-o", str(made)],
+                ["g++", "-std=c++17", "-O1" if optimize else "-O0", "-ffp-contract=off", "-w",
+                 "-fPIC", "-shared", f"-I{work}", str(unit), "-o", str(made)],
                 check=True, capture_output=True, text=True,
             )  # fmt: skip
             made.rename(library)
@@ -102,9 +77,8 @@ class EmulatedDevice:
                     ctypes.c_void_p(begin), ctypes.c_longlong(size), ctypes.c_void_p(written.ctypes.data)
                 )
             self.seed += 1
-            wrong = library.launch(
-                name.encode(), ctypes.c_uint(grid), ctypes.c_uint(threads), memory, ctypes.c_ulonglong(self.seed)
-            )
+            sizes, seed = (ctypes.c_uint(grid), ctypes.c_uint(threads)), ctypes.c_ulonglong(self.seed)
+            wrong = library.launch(name.encode(), *sizes, memory, seed)
             if wrong != b"no such kernel was compiled":
                 break
         if wrong:

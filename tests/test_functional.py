@@ -210,4 +210,4 @@ def test_the_residuals_mask_is_one_bit_an_element(rng):
     for array in (x, np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)):
         saved = sbn.forward(array, residual=array, activation="relu")[1]
         assert saved.state.mask.nbytes == x.size / 8 and np.shares_memory(saved.x, array)
-        assert sbn.forward(array, activation="relu")[1].mask is None
+        assert sbn.forward(array, activation="relu")[1].state.mask is None

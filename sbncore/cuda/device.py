@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from sbncore.cuda import call
 
 FILES = ("device.cu", "places.cu", "sbn.cu")
 OPTIONS = ("--std=c++17",)
+_ARGUMENT = np.dtype((np.void, call.SIZE))
 INSTALL = "pip install 'sbncore[cuda13]' (or [cuda12], by what the driver supports: nvidia-smi shows it)"
 
 
@@ -43,15 +45,14 @@ def cupy() -> ModuleType:
 
 
 class Device:
-    """One GPU; all methods act on it, whichever device is current, on the caller's current stream."""
+    """One GPU. Launches go to the caller's current stream there, asked for each time."""
 
     def __init__(self, index: int) -> None:
         self._cupy = cupy()
         self._device = self._cupy.cuda.Device(index)
-        attributes = self._device.attributes
         self.clusters: bool = int(self._device.compute_capability) >= 90
-        self.multiprocessors: int = attributes["MultiProcessorCount"]
-        self._kernel = lru_cache(maxsize=None)(self._compile)
+        self.multiprocessors: int = self._device.attributes["MultiProcessorCount"]
+        self._kernels: dict[str, Any] = {}
 
     def empty(self, shape: Any, dtype: Any) -> Any:
         """Return new memory, from CuPy's pool."""
@@ -73,19 +74,25 @@ class Device:
             raise TypeError(f"step: expected an array on {self._device}, got one on {array.device}")
         return array
 
-    def launch(self, name: str, grid: int, threads: int, call: bytes) -> None:
+    def launch(self, name: str, grid: int, threads: int, packed: bytes) -> None:
         """Launch a kernel, given as its template's instance, with the bytes of its argument."""
         with self._device:
-            self._kernel(name)((grid,), (threads,), (np.frombuffer(call, np.uint8),))
+            kernel = self._kernels.get(name)
+            if kernel is None:
+                kernel = self._kernels[name] = self._compiled(name)
+            # CuPy passes a NumPy array of one element by value
+            kernel((grid,), (threads,), (np.frombuffer(packed, _ARGUMENT),))
 
-    def _compile(self, name: str) -> Any:
+    def _compiled(self, name: str) -> Any:
         module = self._cupy.RawModule(code=source(), options=OPTIONS, name_expressions=(name,))
         try:
             return module.get_function(name)
-        except (OSError, RuntimeError) as complaint:
-            if "nvrtc" not in str(complaint).lower():
+        except Exception as complaint:
+            if "nvrtc" not in f"{type(complaint)} {complaint}".lower():
                 raise
-            raise RuntimeError(f"CuPy cannot compile a kernel: {complaint}; {INSTALL}") from complaint
+            raise RuntimeError(
+                f"CuPy's compiler NVRTC fails: {complaint}; if it is missing, {INSTALL}"
+            ) from complaint
 
 
 @cache

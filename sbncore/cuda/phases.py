@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from sbncore.arrays import address, borrow, element_type, widen
 from sbncore.checks import Parameters, Running
 from sbncore.cuda import call, geometry
@@ -69,7 +67,8 @@ class Work:
         aligned = aligned and all(_aligned(array) for array in (x, *arrays))
         self.sizes = geometry.Sizes(layout.N, layout.C, layout.S, layout.last, x.dtype.itemsize, aligned)
         self.places = geometry.places(self.sizes, plan.count, device.multiprocessors)
-        self.fused = geometry.cluster(self.sizes, device.multiprocessors) if fused and device.clusters else None
+        fused = fused and device.clusters
+        self.fused = geometry.cluster(self.sizes, device.multiprocessors) if fused else None
         self.sweep = self.fused or geometry.sweep(self.sizes, device.multiprocessors)
         self.geometry = geometry.packed(self.sizes, self.sweep, self.places)
         self.type = TYPES[element_type(x)]
@@ -103,7 +102,8 @@ class Work:
         numbers: dict[str, Any],
     ) -> None:
         name = f"{kernel}<{self.type},{over.vector},{over.layout},{options}>"
-        self.device.launch(name, over.grid, over.threads, call.pack(pointers, self.geometry, parts, **numbers))
+        packed = call.pack(pointers, self.geometry, parts, **numbers)
+        self.device.launch(name, over.grid, over.threads, packed)
 
 
 def moments(x: Any, layout: Layout, plan: Plan, prior: Given | None) -> Moments:
@@ -196,7 +196,7 @@ def backward(
                 array[...] = 0
         return dweight, dbias
     masked = state.mask is not None
-    asked = (dx, dresidual)
+    asked: tuple[Any, ...] = (dx, dresidual)
     if masked and state.aligned:  # the mask is read in the columns it was written in
         dy = dy if _aligned(dy) else dy.copy()
         dx, dresidual = (a if _aligned(a) else device.empty(a.shape, a.dtype) for a in asked)
@@ -209,8 +209,9 @@ def backward(
     )  # fmt: skip
     draws = state.draws
     pointers = {
-        "dx": _at(dx), "dresidual": _at(dresidual), "mask": _at(state.mask), "x": address(x), "dy": address(dy),
-        "dweight": _at(dweight), "dbias": _at(dbias), "state": address(state.values), "step": _at(draws.kept),
+        "dx": _at(dx), "dresidual": _at(dresidual), "mask": _at(state.mask), "x": address(x),
+        "dy": address(dy), "dweight": _at(dweight), "dbias": _at(dbias), "state": address(state.values),
+        "step": _at(draws.kept),
     }  # fmt: skip
     elements = sum(
         call.OWN[name] for name, array in (("weight", dweight), ("bias", dbias))
@@ -264,7 +265,7 @@ def _launch_forward(
     write: bool = True,
 ) -> None:
     plan, layout = work.plan, work.layout
-    parameters = {"weight": given.weight, "bias": given.bias}
+    parameters: dict[str, Any] = {"weight": given.weight, "bias": given.bias}
     if prior is not None:
         parameters |= {"prior_mean": prior.mean, "prior_var": prior.var}
     if running is not None:

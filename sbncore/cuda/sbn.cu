@@ -604,7 +604,7 @@ __device__ void prepare_places(Shared<A>& shared, const Call& call, Share share,
         [&](i64 local, double total[2]) { prepare(local, begin + local, share.block == 0, total); });
 }
 
-template <class T, int V, Layout L, Mode M> __global__ void __launch_bounds__(THREADS, 2) sums_of_places(const __grid_constant__ Call call) {
+template <class T, int V, Layout L, Mode M> __global__ void __launch_bounds__(THREADS, 1) sums_of_places(const __grid_constant__ Call call) {
     typedef Access<T, V, L> A;
     typedef typename A::real real;
     SHARED(Shared<A>, shared);
@@ -627,7 +627,7 @@ template <class T, int V, Layout L, Mode M> __global__ void __launch_bounds__(TH
     });
 }
 
-template <class T, int V, Layout L, Mode M> __global__ void __launch_bounds__(THREADS) repair_places(const __grid_constant__ Call call) {
+template <class T, int V, Layout L, Mode M> __global__ void __launch_bounds__(THREADS, 1) repair_places(const __grid_constant__ Call call) {
     typedef Access<T, V, L> A;
     SHARED(Shared<A>, shared);
     const Share share = share_of(call.place_tiles, call.place_blocks);
