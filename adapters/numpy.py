@@ -32,6 +32,8 @@ class SampledBatchNorm:
         What `sbncore.batch_norm` raises; the counter and the statistics have not moved then.
     """
 
+    _xp: Any = np  # what makes the arrays
+
     def __init__(
         self,
         num_features: int,
@@ -51,13 +53,13 @@ class SampledBatchNorm:
         self.eps, self.momentum = eps, momentum
         self.sampler, self.gradient, self.activation = sampler, gradient, activation
         self.channel_axis, self.seed, self.layer = channel_axis, seed, layer
-        self.weight = np.ones(num_features, dtype) if affine else None
-        self.bias = np.zeros(num_features, dtype) if affine else None
-        self.dweight: np.ndarray | None = None
-        self.dbias: np.ndarray | None = None
-        self.running_mean = np.zeros(num_features, dtype) if track_running_stats else None
-        self.running_var = np.ones(num_features, dtype) if track_running_stats else None
-        self.num_batches_tracked = 0
+        self.weight = self._xp.ones(num_features, dtype) if affine else None
+        self.bias = self._xp.zeros(num_features, dtype) if affine else None
+        self.dweight: Any = None
+        self.dbias: Any = None
+        self.running_mean = self._xp.zeros(num_features, dtype) if track_running_stats else None
+        self.running_var = self._xp.ones(num_features, dtype) if track_running_stats else None
+        self.num_batches_tracked: Any = 0
         self.training = True
         self.saved: sbn.Saved | None = None
 
@@ -70,7 +72,7 @@ class SampledBatchNorm:
         """Normalize by the running statistics from now on, and return self."""
         return self.train(False)
 
-    def forward(self, x: np.ndarray, residual: np.ndarray | None = None) -> np.ndarray:
+    def forward(self, x: Any, residual: Any = None) -> Any:
         """Return y; in training, move the running statistics and the counter once all is well."""
         y, self.saved = sbn.batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias,
@@ -79,12 +81,12 @@ class SampledBatchNorm:
             channel_axis=self.channel_axis, activation=self.activation, residual=residual,
             gradient=self.gradient,
         )  # fmt: skip
-        self.num_batches_tracked += self.training
+        self.num_batches_tracked += int(self.training)
         return y
 
     __call__ = forward
 
-    def backward(self, dy: np.ndarray) -> Any:
+    def backward(self, dy: Any) -> Any:
         """Return dx, or (dx, dresidual) where forward was given a residual; set dweight and dbias."""
         if self.saved is None:
             raise ValueError("backward: expected a forward before it, got none")

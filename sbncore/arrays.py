@@ -42,14 +42,14 @@ def borrow(array: Array, name: str) -> np.ndarray:
         raise TypeError(f"{name}: expected an array (NumPy's or one with DLPack), got {type(array).__name__}")
     try:
         kind = array.__dlpack_device__()[0]
-        if kind == CUDA:
-            return _on_gpu(array, name)
-        if kind != CPU:
-            device = getattr(array, "device", "another device")
-            raise TypeError(f"{name}: expected an array on the CPU or a CUDA device, got one on {device}")
-        return _exported(array, name)
+        if kind == CPU:
+            return _exported(array, name)
     except (BufferError, ValueError, RuntimeError) as complaint:  # sparse, without memory, ...
         raise TypeError(f"{name}: expected an array that DLPack can export, got: {complaint}") from None
+    if kind == CUDA:
+        return _on_gpu(array, name)
+    device = getattr(array, "device", "another device")
+    raise TypeError(f"{name}: expected an array on the CPU or a CUDA device, got one on {device}")
 
 
 def give(result: np.ndarray, like: Array) -> Array:

@@ -2,14 +2,12 @@
 
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 from hypothesis import strategies as st
+from product import DTYPES
 
 import sbncore as sbn
 from sbncore import reference
-
-DTYPES = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
 def ratios():

@@ -4,32 +4,20 @@ import itertools
 
 import emulation
 import numpy as np
+import product
 import pytest
 import test_engine
 from conftest import TOLERANCE, error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import DTYPES, cases
+from product import DTYPES, SAMPLERS, SHAPES
+from strategies import cases
 
 import sbncore as sbn
 from sbncore import reference
 from sbncore.cuda import call, geometry
 
 NAMES = {"float64": "double", "float32": "float", "float16": "float16", "bfloat16": "bfloat16"}
-SAMPLERS = {
-    "full": sbn.Full(),
-    "run": sbn.FeatureSampling(1 / 8),
-    "patch": sbn.FeatureSampling(1 / 4, "patch"),
-    "grid": sbn.FeatureSampling(1 / 4, "grid", "common"),
-    "samples": sbn.BatchSampling(1 / 4, at_least=4),
-    "strided": sbn.BatchSampling(1 / 4, "strided", at_least=4),
-    "random": sbn.BatchSampling(1 / 4, "random", at_least=4),
-    "scattered": sbn.NaiveSampling(1 / 8, at_least=8),
-    "virtual": sbn.Mixture([(0.5, sbn.VirtualSamples(2)), (0.5, sbn.FeatureSampling(1 / 4))]),
-    "twice": sbn.Mixture([(0.5, sbn.BatchSampling(1 / 2, "random")), (0.5, sbn.NaiveSampling(1 / 4))]),
-}
-
-
 def emulator(*dtypes, **options):
     return emulation.EmulatedDevice([emulation.build((NAMES[dtype],)) for dtype in dtypes], **options)
 
@@ -65,40 +53,10 @@ def test_emulated_kernels_are_the_references(case, multiprocessors, clusters, se
     check(case, emulator(case.dtype, multiprocessors=multiprocessors, clusters=clusters, seed=seed))
 
 
-def run(device, rng, dtype, shape, sampler, last=False, relu=False, add=False, gradient="exact", **plan):
+def run(device, *arguments, **options):
     """One forward and backward on the emulator, held against the reference."""
-    kind, C = DTYPES[dtype], shape[1]
-    parameter = np.float64 if dtype == "float64" else np.float32
-    x, dy, residual = (rng.normal(0.5, 1, shape).astype(kind) for _ in range(3))
-    weight, bias = rng.normal(1, 0.5, C).astype(parameter), rng.normal(0, 1, C).astype(parameter)
-    residual = residual if add else None
-    plan = sampler.plan(shape, **plan)
-    wide = [None if a is None else a.astype(np.float64) for a in (x, weight, bias, residual)]
-    activation = "relu" if relu else None
-    y_true, saved = reference.forward(*wide[:3], p=plan.weights(), activation=activation, residual=wide[3])
-    if relu:
-        dy = np.where(np.abs(saved.z) < 1e-3, np.zeros_like(dy), dy)
-    true = reference.backward(dy.astype(np.float64), saved, gradient)
-
-    def arrange(a):
-        return np.moveaxis(np.ascontiguousarray(np.moveaxis(a, 1, -1)), -1, 1) if last else a
-
     with emulation.emulated(device):
-        y, saved = sbn.forward(
-            arrange(x), weight, bias, plan=plan, activation=activation, gradient=gradient,
-            residual=None if residual is None else arrange(residual),
-        )  # fmt: skip
-        grads = sbn.backward(arrange(dy), saved)
-    for got, expected in (
-        (y, y_true), (grads.x, true["x"]), (grads.weight, true["weight"]), (grads.bias, true["bias"]),
-        *([(grads.residual, true["residual"])] if add else []),
-    ):  # fmt: skip
-        assert error(got, expected) <= TOLERANCE[dtype]
-    return y, grads
-
-
-# Rows of whole columns, columns across channels, and nothing that fits a column; each also for a cluster.
-SHAPES = [(4, 2, 16), (8, 4, 9), (5, 3, 3), (32, 8, 16), (33, 8, 9)]
+        return product.run(*arguments, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -162,7 +120,7 @@ def test_results_do_not_depend_on_the_order_of_threads(dtype, last, clusters):
     for seed in range(3):
         device = emulator(dtype, clusters=clusters, seed=1000 * seed, multiprocessors=2)
         rng = np.random.default_rng(7)
-        y, grads = run(device, rng, dtype, (36, 8, 7, 7), SAMPLERS["run"], last, relu=True, add=True)
+        y, grads, _ = run(device, rng, dtype, (36, 8, 7, 7), SAMPLERS["run"], last, relu=True, add=True)
         results.append([np.asarray(a).tobytes() for a in (y, grads.x, grads.weight, grads.bias)])
     assert results[0] == results[1] == results[2]
 

@@ -7,7 +7,8 @@ import subprocess
 import emulation
 import numpy as np
 import pytest
-from test_emulation import SAMPLERS, run
+from product import SAMPLERS
+from test_emulation import run
 
 import sbncore as sbn
 from sbncore.cuda import device

@@ -29,6 +29,7 @@ class State:
         self.draws = draws
         self.mask: Any = None
         self.aligned = True  # the mask's columns: of 16 bytes
+        self.work: list[Work] = []  # temporary memory: a captured graph uses it as long as it lives
 
     @property
     def moments(self) -> Moments:
@@ -73,6 +74,7 @@ class Work:
         self.geometry = geometry.packed(self.sizes, self.sweep, self.places)
         self.type = TYPES[element_type(x)]
         self.partial: Any = None
+        self.held: dict[str, Any] = {}
 
     def partial_for(self, blocks: int, slots: int) -> int:
         """Return the address of memory for the blocks' sums."""
@@ -143,6 +145,7 @@ def forward(
         return state
     residual = None if given.residual is None else layout.flatten(given.residual)
     work = Work(device, x, layout, plan, (y, residual), fused=plan.prior < 1)
+    state.work = [work]
     if running is not None and prior is not None and plan.prior < 1:
         prior = Given(prior.mean.copy(), prior.var.copy(), prior.count)  # blocks read it while one moves it
     if relu and residual is not None:
@@ -208,6 +211,7 @@ def backward(
         aligned=state.aligned,
     )  # fmt: skip
     draws = state.draws
+    state.work[1:] = [work]
     pointers = {
         "dx": _at(dx), "dresidual": _at(dresidual), "mask": _at(state.mask), "x": address(x),
         "dy": address(dy), "dweight": _at(dweight), "dbias": _at(dbias), "state": address(state.values),
@@ -271,6 +275,7 @@ def _launch_forward(
     if running is not None:
         parameters |= {"running_mean": running.mean, "running_var": running.var}
     held = {name: _dense(array) for name, array in parameters.items() if array is not None}
+    work.held = held
     for name, array in held.items():
         pointers[name] = address(array)
     elements = sum(call.OWN[name] for name, array in held.items() if array.dtype == work.x.dtype)
