@@ -1,9 +1,11 @@
 # make demo | test | bench | lint | clean   (test-torch: the tests, with PyTorch)
+# make gpu, on a machine with a GPU: its tests and its benchmark, by a Python that has CuPy, PyTorch and pytest
 # Everything runs in .venv, made on first use: PYTHON picks the interpreter, ARGS goes to the command.
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 ARGS   ?=
+GPU_PYTHON ?= python3
 
 VENV := .venv
 PY   := $(VENV)/bin/python
@@ -13,7 +15,7 @@ PIP  := $(PY) -m pip --disable-pip-version-check
 unexport PYTHONPATH PYTHONHOME
 .NOTPARALLEL:
 
-.PHONY: demo test test-torch bench lint clean
+.PHONY: demo test test-torch gpu bench lint clean
 
 demo: $(VENV)/bench.stamp
 	$(PY) -m bench.demo $(ARGS)
@@ -22,6 +24,10 @@ test: lint
 	$(PY) -m pytest $(ARGS)
 
 test-torch: $(VENV)/torch.stamp test
+
+gpu:
+	$(GPU_PYTHON) -m pytest -m gpu -W default tests/test_gpu.py $(ARGS)
+	$(GPU_PYTHON) -m bench layer --device cuda
 
 bench: $(VENV)/bench.stamp
 	$(PY) -m bench layer $(ARGS)

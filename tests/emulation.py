@@ -1,4 +1,4 @@
-"""The CUDA kernels without a GPU: sbn.cu through g++, launched by the real engine on NumPy arrays."""
+"""The CUDA kernels without a GPU: sbncore/cuda through g++, launched by the real engine on NumPy arrays."""
 
 import contextlib
 import ctypes

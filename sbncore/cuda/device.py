@@ -11,7 +11,7 @@ import numpy as np
 
 from sbncore.cuda import call
 
-FILES = ("device.cu", "places.cu", "sbn.cu")
+FILES = ("device.cu", "places.cu", "channels.cu", "passes.cu", "sbn.cu")
 OPTIONS = ("--std=c++17",)
 _ARGUMENT = np.dtype((np.void, call.SIZE))
 INSTALL = "pip install 'sbncore[cuda13]' (or [cuda12], by what the driver supports: nvidia-smi shows it)"

@@ -1,6 +1,6 @@
 """How the kernels cut their work: pure functions of sizes, which the launch and the emulator share.
 
-Constants bear the names they have in sbn.cu.
+Constants bear the names they have in the kernels.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Sizes(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """The pass over everything; fields as in sbn.cu's Call."""
+    """The pass over everything; fields as in places.cu's Call."""
 
     layout: str
     rows: int

@@ -1,4 +1,4 @@
-// Follows sbn.cu: what the tests call. instances.inc lists the kernels.
+// Follows the kernels: what the tests call. instances.inc lists the kernels.
 
 struct Instance {
     const char* name;
