@@ -48,6 +48,10 @@ first."""
 
 def main(arguments: list[str]) -> None:
     options = _options(arguments)
+    if options.device == "cuda":
+        from bench import cuda
+
+        sys.exit(cuda.main(options))
     if options.threads:
         sbn.set_num_threads(options.threads)
     warm = timing.keep_pages()
@@ -149,7 +153,8 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         "--samplers", nargs="+", type=_sampler, metavar="fs/16", default=[*map(_sampler, SAMPLERS)],
         help="full, bs/K (whole samples) or fs/K (feature maps), of which 1/K is drawn",
     )  # fmt: skip
-    parser.add_argument("--dtype", choices=tuple(TOLERANCE), default="float32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=tuple(TOLERANCE), help="default: float32; on a GPU all")
     parser.add_argument("--activation", choices=("relu",))
     parser.add_argument("--residual", action="store_true")
     parser.add_argument("--rounds", type=_positive)
@@ -157,6 +162,9 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--quick", action="store_true", help="two small shapes, few rounds")
     options = parser.parse_args(arguments)
+    if options.device == "cuda":
+        return options
+    options.dtype = options.dtype or "float32"
     if options.dtype == "bfloat16" and importlib.util.find_spec("ml_dtypes") is None:
         parser.error("bfloat16 needs the package ml_dtypes: NumPy has no such type")
     options.shapes = options.shapes or [*map(_shape, QUICK if options.quick else SHAPES)]

@@ -1,6 +1,8 @@
 """The benchmarks run, judge before they time, and write what they measured."""
 
 import csv
+import importlib.util
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 if not (ROOT / "bench").is_dir():
     pytest.skip("no bench beside the tests", allow_module_level=True)
 
-from bench import layer, peers, timing  # noqa: E402
+from bench import cuda, goals, layer, peers, timing  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -109,3 +111,59 @@ def test_dispatch_names_the_benchmarks():
     command = [sys.executable, "-m", "bench", "nothing"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "layer" in done.stderr and "nothing" in done.stderr
+
+
+def gpu_rows():
+    shapes = [(256, 64, 112, 112), (256, 64, 56, 56), (32, 64, 56, 56)]
+    for shape, last, (relu, residual) in itertools.product(shapes, (False, True), cuda.VARIANTS):
+        case = goals.Case(shape, "float16", last, relu, residual)
+        copy = 2 * case.nbytes / 4e6  # microseconds at 4 TB/s
+        yield goals.Row(case, "copy", "copy", copy, copy, copy, 2 * case.nbytes, 1.0)
+        for phase in ("forward", "backward", "both"):
+            moved = case.moved(phase)
+            for name, speed in (("ours", 0.8), ("graph", 0.95), ("PyTorch", 0.4)):
+                median = moved / 4e6 / speed
+                yield goals.Row(case, name, phase, median, median, median, moved, speed)
+
+
+def test_the_bytes_that_each_variant_must_move():
+    plain, relu, add = (goals.Case((256, 64, 56, 56), "float16", False, *v) for v in cuda.VARIANTS)
+    N = plain.nbytes
+    assert N == 256 * 64 * 56 * 56 * 2 and add.variant == "BN+add+ReLU" and plain.layout == "channels-first"
+    assert plain.moved("forward") / N == relu.moved("forward") / N == 2 + 1 / 16
+    assert plain.moved("backward") / N == relu.moved("backward") / N == 3 + 3 / 16
+    assert add.moved("forward") / N == 3 + 1 / 16 + 1 / 16  # the residual; a bit for each 16
+    assert add.moved("backward") / N == 4 + 3 / 16 + 1 / 16
+    for case in (plain, relu, add):
+        assert case.moved("both") == case.moved("forward") + case.moved("backward")
+
+
+def test_goals_are_held_against_what_was_measured():
+    found = goals.goals(list(gpu_rows()), {"ours forward": 12.0, "ours backward": 19.0})
+    text = [str(goal) for goal in found]
+    assert text[0].endswith("bandwidth: 0.95, at least 0.92: reached")
+    assert "BN+ReLU, 100 MB and more: 2.00, at least 2.4: missed" in text[6]
+    assert text[-2].endswith("12.00, at most 15: reached") and text[-1].endswith("at most 15: missed")
+    over = next(goal for goal in found if "13 MB" in goal.what)
+    small = goals.Case((32, 64, 56, 56), "float16", False, True, True)
+    assert over.found == pytest.approx(small.moved("backward") / 4e6 * (1 / 0.95 - 1))
+    assert all(str(goal).endswith("not measured") for goal in goals.goals([], {}))
+
+
+def test_the_gpu_report_is_written(tmp_path, capsys):
+    where = {"gpu": "A GPU 80GB", "driver": "1", "versions": "v", "commit": "c", "date": "2026-01-01"}
+    goals.write(tmp_path, list(gpu_rows()), {"ours forward": 12.0}, where)
+    assert "1.98" in capsys.readouterr().out
+    text = (tmp_path / "layer-a-gpu-80gb.md").read_text()
+    assert "A GPU 80GB, driver 1. v. Commit c, 2026-01-01." in text
+    assert "| 256×64×56×56 | BN+add+ReLU |" in text and "## float16, channels-last" in text
+    lines = (tmp_path / "layer-a-gpu-80gb.csv").read_text().splitlines()
+    assert len(lines) == 1 + len(list(gpu_rows())) and lines[1].endswith("A GPU 80GB,1,v,c,2026-01-01")
+
+
+def test_without_a_gpu_the_benchmark_says_so(capsys):
+    if importlib.util.find_spec("cupy") is not None:
+        pytest.skip("CuPy is installed")
+    with pytest.raises(SystemExit) as stopped:
+        layer.main(["--device", "cuda"])
+    assert stopped.value.code == 2 and "no CUDA device: arrays on a GPU need CuPy" in capsys.readouterr().err
