@@ -34,7 +34,7 @@ TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}
 EPS = 1e-5
 ROUNDS = 5
 PATIENCE = 4e-3  # seconds of one contender in a round
-BUDGET = 330.0  # seconds in all: what is not begun by then is left out, and said
+BUDGET = 180.0  # seconds in all: what is not begun by then is left out, and said
 
 
 class Ours:
@@ -132,12 +132,13 @@ class Data:
         self.parameters = [cupy.from_dlpack(p) for p in self.torch_parameters]
 
     def verify(self, name: str, y: Any, dx: Any, k: int, p: np.ndarray) -> None:
-        """Hold two channels against the reference.
+        """Hold two channels, or a large one, against the reference.
 
         Raises:
             SystemExit: if they are wrong.
         """
-        for c in (0, self.case.C - 1):
+        few = self.case.elements // self.case.C < 1_000_000
+        for c in (0, self.case.C - 1) if few else (self.case.C - 1,):
             x, dy, _, _, residual = (
                 None if t is None else t[:, c : c + 1].double().cpu().numpy() for t in self.tensors[k]
             )

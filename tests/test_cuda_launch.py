@@ -1,8 +1,10 @@
 """The way of a CuPy array through the house, CuPy played by a stand-in, and what is said without it."""
 
+import re
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import fake_cupy
 import numpy as np
@@ -163,3 +165,13 @@ def test_without_nvrtc_the_error_says_what_to_install(rng, cupy, monkeypatch):
 def test_the_gpu_path_imports_no_numba():
     code = "import sys, sbncore.cuda.phases, sbncore.functional; assert 'numba' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_documented_example_runs(cupy):
+    text = (Path(__file__).parents[1] / "docs" / "gpu.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    cupy.float32 = np.float32
+    cupy.random = types.SimpleNamespace(standard_normal=lambda shape, dtype: cupy.zeros(shape, dtype))
+    names = {}
+    exec(example.replace("(32, 64, 56, 56)", "(32, 8, 8, 8)"), names)
+    assert names["step"].get() == 1 and names["grads"].x.shape == (32, 8, 8, 8)
