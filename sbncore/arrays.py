@@ -1,7 +1,7 @@
-"""The caller's arrays in and out: NumPy views of any CPU array that speaks DLPack, and back, no copies.
+"""The caller's arrays in and out: views of any array that speaks DLPack, and back, no copies.
 
-Inside, an array is a NumPy array of its *storage* type: float64 and float32 as they are, float16 and bfloat16
-as int16 and uint16 of their bits, since NumPy has no bfloat16 and Numba no float16.
+Inside, an array is NumPy's, or on a GPU CuPy's, of its *storage* type: float64 and float32 as they are,
+float16 and bfloat16 as int16 and uint16 of their bits, since NumPy has no bfloat16 and Numba no float16.
 """
 
 from __future__ import annotations

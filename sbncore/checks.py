@@ -127,9 +127,8 @@ def plan_for(plan: Any, layout: Layout, prior: Statistics | None) -> None:
         raise ValueError(f"prior: expected Statistics, since the plan gives a prior weight {plan.prior:g}")
     if plan.prior == 0 and prior is not None:
         raise ValueError("prior: expected None, since the plan has no prior (sampler Prior(weight, ...))")
-    total = math.fsum(part.weight for part in plan.parts) + plan.prior
-    if layout.N * layout.S and abs(total - 1) > 1e-6:
-        raise ValueError(f"plan: expected weights of parts and prior that sum to 1, got {total:g}")
+    if layout.N * layout.S and abs(plan.total - 1) > 1e-6:
+        raise ValueError(f"plan: expected weights of parts and prior that sum to 1, got {plan.total:g}")
     if plan.count == 1 and plan.prior == 0:
         raise ValueError("plan: expected more than 1 value per channel when training, got a single one")
 

@@ -7,6 +7,7 @@ import math
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from sbncore.hashing import MASK, absorb, stream_key
@@ -101,7 +102,11 @@ class Sampler:
 
 def batch_shape(shape: Sequence[int], channel_axis: int) -> tuple[int, ...]:
     """Return (N, *spatial) of a shape with channels at ``channel_axis``."""
-    sizes = tuple(operator.index(size) for size in shape)
+    return _batch_shape(tuple(operator.index(size) for size in shape), channel_axis)
+
+
+@lru_cache(maxsize=1024, typed=True)
+def _batch_shape(sizes: tuple[int, ...], channel_axis: int) -> tuple[int, ...]:
     if len(sizes) < 2:
         raise ValueError(f"shape: expected (N, C, *spatial), at least 2 axes, got {sizes}")
     if min(sizes) < 0:

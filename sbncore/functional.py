@@ -1,4 +1,4 @@
-"""forward, backward and their phases over any CPU array: check, call the engine, hand back.
+"""forward, backward and their phases over any array: check, call the engine, hand back.
 
 Nothing is written, and no running statistic moves, before every argument has been checked.
 """
@@ -49,7 +49,8 @@ def forward(
     ``y = act(weight * (x - mean) * rstd + bias + residual)``.
 
     Args:
-        x: (N, C, *spatial), float64, float32, float16 or bfloat16; NumPy's, or any CPU array with DLPack.
+        x: (N, C, *spatial), float64, float32, float16 or bfloat16; NumPy's, CuPy's, or any array
+            with DLPack on the CPU or a CUDA device, where all others then are too.
         weight, bias: (C,), float32 (float64 for float64 x) or x's own dtype; None is 1 and 0.
         plan: from ``sampler.plan(x.shape, ...)``; None is full batch normalization.
         prior: Statistics that the plan's prior stands for; wanted if and only if it has one.

@@ -67,6 +67,19 @@ def layout_of(array: np.ndarray, axis: int) -> Layout:
 
     One position a map is channels-last, whose rows are the long ones then.
     """
+    key = (array.shape, array.strides, axis)
+    found = _found.get(key)
+    if found is None:
+        if len(_found) >= 4096:
+            _found.clear()
+        found = _found[key] = _nearest(array, axis)
+    return found
+
+
+_found: dict[tuple[tuple[int, ...], tuple[int, ...], int], Layout] = {}
+
+
+def _nearest(array: np.ndarray, axis: int) -> Layout:
     shape, axis = array.shape, axis % array.ndim
     last, first = Layout(shape, axis, True), Layout(shape, axis, False)
     if first.S <= 1:

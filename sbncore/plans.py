@@ -188,7 +188,7 @@ class Plan:
     def S(self) -> int:
         return math.prod(self.shape[1:])
 
-    @property
+    @cached_property
     def count(self) -> int:
         """Number of values per channel that are drawn (a place drawn by two parts counts twice)."""
         return sum(part.count for part in self.parts)
@@ -241,17 +241,23 @@ class Plan:
         """
         return self.now()._runs
 
-    def check(self) -> None:
-        """Raise a ValueError if a part reaches outside the shape."""
+    @cached_property
+    def total(self) -> float:
+        """The weights of parts and prior together: 1, if the plan was not made by hand.
+
+        Raises:
+            ValueError: if a part reaches outside the shape.
+        """
         for part in self.parts:
             if not part.fits(self.N, self.S):
                 raise ValueError(
                     f"plan: expected parts within {self.N} samples of {self.S} positions, got {part}"
                 )
+        return math.fsum(part.weight for part in self.parts) + self.prior
 
     @cached_property
     def _runs(self) -> Runs:
-        self.check()
+        _ = self.total
         S = self.S
         spelled = [part.places(S) for part in self.parts]
         weights = [part.weight / part.count for part in self.parts]

@@ -48,7 +48,8 @@ def batch_norm(
             training must be true). They are the prior of a sampler that has one.
         training: whether to estimate statistics or use the running ones.
         momentum: weight of the new statistics in [0, 1]; None averages all steps alike (``1/(step+1)``).
-        sampler, seed, layer, step: what to draw; ``step`` counts the training calls from 0.
+        sampler, seed, layer, step: what to draw; ``step`` counts the training calls from 0, and may be an
+            array (`Sampler.plan`) where momentum is a number.
         skip_nonfinite: leave a channel's running statistics as they were where its mean or variance is not
             finite.
 

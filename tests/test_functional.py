@@ -211,3 +211,39 @@ def test_the_residuals_mask_is_one_bit_an_element(rng):
         saved = sbn.forward(array, residual=array, activation="relu")[1]
         assert saved.state.mask.nbytes == x.size / 8 and np.shares_memory(saved.x, array)
         assert sbn.forward(array, activation="relu")[1].state.mask is None
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [sbn.FeatureSampling(1 / 4), sbn.Mixture([(0.5, sbn.BatchSampling(4)), (0.5, sbn.NaiveSampling(40))])],
+)
+def test_a_step_that_an_array_holds_is_read_when_the_plan_is_used(rng, sampler):
+    x, dy = rng.normal(size=(2, 8, 3, 7, 7))
+    step = np.array(5)
+    plan = sampler.plan(x.shape, seed=1, layer=2, step=step)
+    assert plan.step is step and plan == plan and plan != sampler.plan(x.shape, seed=1, layer=2, step=step)
+    for now in (5, -1, 2**60):
+        step[...] = now
+        fixed = sampler.plan(x.shape, seed=1, layer=2, step=now)
+        assert plan.now() == fixed and fixed.now() is fixed
+        assert (plan.weights() == fixed.weights()).all() and plan.effective_count == fixed.effective_count
+        y, saved = sbn.forward(x, plan=plan)
+        step += 1  # backward still differentiates what forward drew
+        expected, kept = sbn.forward(x, plan=fixed)
+        assert (y == expected).all() and (sbn.backward(dy, saved).x == sbn.backward(dy, kept).x).all()
+        assert saved.statistics.count == kept.statistics.count
+    y, _ = sbn.batch_norm(x, None, None, training=True, sampler=sampler, step=step)
+    assert (y == sbn.batch_norm(x, None, None, training=True, sampler=sampler, step=int(step))[0]).all()
+
+
+@pytest.mark.parametrize("step", [np.zeros((), np.int32), np.zeros((2,), np.int64), np.zeros((), np.float64)])
+def test_a_step_is_one_int64(step):
+    with pytest.raises(TypeError, match="step: expected an integer or an array of one int64, got"):
+        sbn.Full().plan((4, 3, 5), step=step)
+
+
+def test_a_cumulative_average_needs_a_step_that_the_host_knows(rng):
+    running = [np.zeros(3), np.ones(3)]
+    with pytest.raises(ValueError, match="momentum: expected a number where an array holds the step"):
+        sbn.batch_norm(rng.normal(size=(4, 3, 5)), *running, training=True, momentum=None, step=np.array(1))
+    assert (running[0] == 0).all()

@@ -143,10 +143,27 @@ def places(sizes: Sizes, count: int, multiprocessors: int) -> Places:
     return Places("LAST" if last else "FIRST", vector, tile, tiles, blocks, tile * height)
 
 
+class Cut(NamedTuple):
+    """A call's geometry: of the fused kernels where there is a fused one, else of the separate ones."""
+
+    sweep: Sweep
+    places: Places
+    fused: bool
+    packed: bytes  # as part of a Call
+
+
 _GEOMETRY = struct.Struct("<17q")
 
 
 @lru_cache(maxsize=4096)
+def cut(sizes: Sizes, count: int, multiprocessors: int, fused: bool) -> Cut:
+    """Return the geometry of a call with ``count`` places a channel."""
+    found = cluster(sizes, multiprocessors) if fused else None
+    over = found or sweep(sizes, multiprocessors)
+    at = places(sizes, count, multiprocessors)
+    return Cut(over, at, found is not None, packed(sizes, over, at))
+
+
 def packed(sizes: Sizes, sweep: Sweep, places: Places) -> bytes:
     """Return the part of a Call that the geometry fills."""
     return _GEOMETRY.pack(*sizes[:3], *sweep[1:12], places.tile, places.tiles, places.blocks)

@@ -67,11 +67,9 @@ class Work:
         self.device, self.x, self.layout, self.plan = device, x, layout, plan
         aligned = aligned and all(_aligned(array) for array in (x, *arrays))
         self.sizes = geometry.Sizes(layout.N, layout.C, layout.S, layout.last, x.dtype.itemsize, aligned)
-        self.places = geometry.places(self.sizes, plan.count, device.multiprocessors)
-        fused = fused and device.clusters
-        self.fused = geometry.cluster(self.sizes, device.multiprocessors) if fused else None
-        self.sweep = self.fused or geometry.sweep(self.sizes, device.multiprocessors)
-        self.geometry = geometry.packed(self.sizes, self.sweep, self.places)
+        self.sweep, self.places, self.fused, self.geometry = geometry.cut(
+            self.sizes, plan.count, device.multiprocessors, fused and device.clusters
+        )
         self.type = TYPES[element_type(x)]
         self.partial: Any = None
         self.held: dict[str, Any] = {}
@@ -323,7 +321,6 @@ def _of_nothing(values: Any, plan: Plan, prior: Given | None) -> None:
 
 
 def _check(plan: Plan) -> None:
-    plan.check()
     if len(plan.parts) > call.PARTS:
         raise ValueError(f"plan: expected at most {call.PARTS} parts on a GPU, got {len(plan.parts)}")
     if not plan.apart and plan.step is not None:
