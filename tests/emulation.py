@@ -4,15 +4,21 @@ import contextlib
 import ctypes
 import hashlib
 import os
+import platform
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from bench.kernels import instances
 from sbncore import functional
 from sbncore.cuda import call, device, phases
+
+if platform.machine() not in ("x86_64", "AMD64") or shutil.which("g++") is None:
+    pytest.skip("the emulator needs g++ and an x86-64 processor", allow_module_level=True)
 
 EMULATOR = Path(__file__).parent / "emulator"
 def build(kinds, source=None, optimize=True):
