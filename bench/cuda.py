@@ -178,7 +178,7 @@ def main(options: Any) -> int:
     rows: list[Row] = []
     begin = time.perf_counter()
     stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream), xp.cuda.Stream.from_external(stream):
+    with torch.cuda.stream(stream), _shared(xp, stream):
         host = host_costs(options.rounds or ROUNDS)
         # large tensors decide most goals: where time runs out, it is small ones that are left out
         cases.sort(key=lambda case: -case.nbytes)
@@ -270,6 +270,13 @@ def alternate(
         for key, call in calls.items():
             found[key].append(_timed(call, repeats[key]))
     return {key: np.array(seconds) for key, seconds in found.items()}
+
+
+def _shared(cupy: Any, stream: Any) -> Any:
+    try:
+        return cupy.cuda.Stream.from_external(stream)
+    except (AttributeError, TypeError):  # an older CuPy, or a PyTorch whose streams do not speak its protocol
+        return cupy.cuda.ExternalStream(stream.cuda_stream)
 
 
 def _timed(call: Callable[[], Any], repeats: int) -> float:

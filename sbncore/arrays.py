@@ -16,7 +16,7 @@ STORAGE = {name: np.dtype(kind) for name, kind in zip(
     ("float64", "float32", "float16", "bfloat16"), ("f8", "f4", "i2", "u2"), strict=True)}  # fmt: skip
 ELEMENT = {storage: name for name, storage in STORAGE.items()}
 PARAMETER = {"float64": "float64", "float32": "float32", "float16": "float32", "bfloat16": "float32"}
-CPU, CUDA = 1, 2  # DLPack's kDLCPU and kDLCUDA
+CPU, CUDA = 1, (2, 13)  # DLPack's kDLCPU; kDLCUDA and kDLCUDAManaged
 
 _HERE: AbstractContextManager[None] = nullcontext()
 Array = Any  # anything `borrow` takes
@@ -46,7 +46,7 @@ def borrow(array: Array, name: str) -> np.ndarray:
             return _exported(array, name)
     except (BufferError, ValueError, RuntimeError) as complaint:  # sparse, without memory, ...
         raise TypeError(f"{name}: expected an array that DLPack can export, got: {complaint}") from None
-    if kind == CUDA:
+    if kind in CUDA:
         return _on_gpu(array, name)
     device = getattr(array, "device", "another device")
     raise TypeError(f"{name}: expected an array on the CPU or a CUDA device, got one on {device}")
