@@ -34,7 +34,11 @@ TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}
 EPS = 1e-5
 ROUNDS = 5
 PATIENCE = 4e-3  # seconds of one contender in a round
-BUDGET = 180.0  # seconds in all: what is not begun by then is left out, and said
+# Measured first: on them the goals stand. Of 103, 411, 206, 51, 26 and 13 MB in half precision.
+FOREMOST = {
+    (256, 64, 56, 56), (256, 256, 56, 56), (256, 512, 28, 28), (32, 256, 56, 56), (256, 256, 14, 14),
+    (256, 512, 7, 7), (32, 64, 56, 56),
+}  # fmt: skip
 
 
 class Ours:
@@ -180,12 +184,11 @@ def main(options: Any) -> int:
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream), _shared(xp, stream):
         host = host_costs(options.rounds or ROUNDS)
-        # large tensors decide most goals: where time runs out, it is small ones that are left out
-        cases.sort(key=lambda case: -case.nbytes)
+        cases.sort(key=lambda case: (case.shape not in FOREMOST, case.dtype != "float16", -case.nbytes))
         for number, case in enumerate(cases, 1):
-            if time.perf_counter() - begin > BUDGET:
-                left = f"{len(cases) - number + 1} of {len(cases)} cases left out: {BUDGET:.0f} s are over"
-                print(f"\n{left}", file=sys.stderr)
+            if time.perf_counter() - begin > options.budget:
+                left = f"{len(cases) - number + 1} of {len(cases)} cases left out"
+                print(f"\n{left}: {options.budget:g} s are over, --budget allows more", file=sys.stderr)
                 break
             new = list(measure(case, options.rounds or ROUNDS))
             rows += new

@@ -160,6 +160,9 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=_positive)
     parser.add_argument("--threads", type=_positive, help="default: all cores")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--budget", type=float, default=180.0, help="seconds, on a GPU: what is not begun by then is left out"
+    )
     parser.add_argument("--quick", action="store_true", help="two small shapes, few rounds")
     options = parser.parse_args(arguments)
     if options.device == "cuda":
