@@ -111,6 +111,13 @@ def test_results_do_not_depend_on_the_order_of_threads(dtype, last, clusters):
     assert results[0] == results[1] == results[2]
 
 
+@pytest.mark.parametrize("shape", [(70_000, 3, 2), (2, 70_000, 3), (70_000, 3), (1, 1, 70_000)])
+@pytest.mark.parametrize("last", [False, True])
+def test_more_rows_and_channels_than_65535(rng, shape, last):
+    for sampler in (sbn.Full(), sbn.NaiveSampling(1 / 2)):
+        run(emulator("float32", multiprocessors=8), rng, "float32", shape, sampler, last, relu=True, add=True)
+
+
 def moved(shape, dtype, last, clusters, add, gradient="exact", sampler=sbn.FeatureSampling(1 / 16)):  # noqa: B008
     """Bytes read and written by forward and backward, over the tensor's own; and the narrow accesses."""
     rng = np.random.default_rng(1)
