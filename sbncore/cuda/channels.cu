@@ -85,6 +85,7 @@ template <class A> __device__ typename A::real shift_of(const Call& call, i64 c)
 template <class A> __device__ void gather(const Call& call, i64 c, int helper, int helpers, double total[2]) {
     typedef typename A::real real;
     const real* partial = (const real*)call.partial;
+    const int blocks = (int)call.from_blocks;
     const i64 slots = call.from_places ? call.C : call.slots, folds = call.from_places ? 1 : call.fold;
     #pragma unroll 1
     for (i64 m = 0; m < folds; ++m) {
@@ -93,10 +94,12 @@ template <class A> __device__ void gather(const Call& call, i64 c, int helper, i
             to += (to * call.S + call.S - 1) / (call.span * call.vector);
             from += from * call.S / (call.span * call.vector);
         }
-        #pragma unroll 4
-        for (i64 b = helper; b < call.from_blocks; b += helpers)
-            for (i64 slot = from; slot <= to; ++slot)
-                for (int w = 0; w < 2; ++w) total[w] += (double)load(partial + (b * 2 + w) * slots + slot);
+        #pragma unroll 1
+        for (i64 slot = from; slot <= to; ++slot) {
+            #pragma unroll 4
+            for (int b = helper; b < blocks; b += helpers)
+                for (int w = 0; w < 2; ++w) total[w] += (double)load(partial + slot + (b * 2 + w) * slots);
+        }
     }
 }
 
