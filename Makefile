@@ -27,7 +27,7 @@ test-torch: $(VENV)/torch.stamp test
 
 gpu:
 	$(GPU_PYTHON) -m pytest -m gpu -W default tests/test_gpu.py $(ARGS)
-	$(GPU_PYTHON) -m bench layer --device cuda
+	$(GPU_PYTHON) -m bench layer --device cuda --budget 180
 
 bench: $(VENV)/bench.stamp
 	$(PY) -m bench layer $(ARGS)

@@ -7,16 +7,22 @@ import datetime
 import math
 import re
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench.timing import geometric_mean
 
-ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
 SAMPLED = 16  # one value of so many
 MB = 1_000_000
+
+READING = """\
+Microseconds on the device, by CUDA events, median over alternating rounds; buffers rotate, so that none is
+still in the L2 cache. graph: ours in a CUDA graph; ours and PyTorch: called from Python, PyTorch eager with
+autograd. Share: of the bandwidth that a copy of the same tensor reached, for the bytes that must move. All
+agreed with the float64 reference first."""
 
 
 @dataclass(frozen=True)
@@ -106,17 +112,18 @@ def goals(rows: list[Row], host: dict[str, float]) -> list[Goal]:
         cases = [case for case, name in times if name == "PyTorch" and chosen(case)]
         return _mean(times[case, "PyTorch"] / times[case, "ours"] for case in cases)
 
-    copies = {row.case: row.median for row in rows if row.name == "copy"}
+    bandwidth = max((row.moved / row.median for row in rows if row.name == "copy"), default=math.nan)
     over = [
-        row.median - row.moved / (2 * row.case.nbytes) * copies[row.case] for row in rows
+        row.median - row.moved / bandwidth for row in rows
         if row.name == "graph" and row.phase in ("forward", "backward") and 10 <= row.case.nbytes / MB < 17
     ]  # fmt: skip
     return [
         Goal("forward, 100 MB and more, share of the copy's bandwidth", 0.92, share("forward", 100)),
         Goal("exact backward, 100 MB and more, share of the copy's bandwidth", 0.90, share("backward", 100)),
-        Goal("forward at 25 to 55 MB, share of the copy's bandwidth", 0.80, share("forward", 25, 55)),
-        Goal("backward at 25 to 55 MB, share of the copy's bandwidth", 0.80, share("backward", 25, 55)),
-        Goal("at 13 MB, under a graph, microseconds over the floor", 3, max(over) if over else None, True),
+        Goal("forward at 33 MB, share of the copy's bandwidth", 0.80, share("forward", 30, 37)),
+        Goal("exact backward at 33 MB, share of the copy's bandwidth", 0.80, share("backward", 30, 37)),
+        Goal("at 13 MB, under a graph, the worst, microseconds over bytes / fastest copy", 3,
+             max(over, default=None), True),
         Goal("PyTorch eager / ours, fused ReLU, the paper's figure", 1.98, speed(lambda c: c.relu)),
         Goal("PyTorch eager / ours, BN+ReLU, 100 MB and more", 2.4,
              speed(lambda c: c.relu > c.residual, 100)),
@@ -138,13 +145,19 @@ def machine(cupy: Any, torch: Any) -> dict[str, str]:
         "driver": _printed(query).splitlines()[0] if _printed(query) else "unknown",
         "versions": f"sbncore {sbncore.__version__}, CuPy {cupy.__version__}, PyTorch {torch.__version__}, "
         f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}",
-        "commit": _printed(["git", "rev-parse", "--short", "HEAD"]) or "unknown",
+        "commit": _printed(["git", "describe", "--always", "--dirty", "--exclude=*"]) or "unknown",
         "date": datetime.date.today().isoformat(),
     }
 
 
-def write(folder: Path, rows: list[Row], host: dict[str, float], where: dict[str, str]) -> None:
-    """Write CSV, Markdown and PNG, and print the goals."""
+def write(
+    folder: Path,
+    rows: list[Row],
+    host: dict[str, float],
+    where: dict[str, str],
+    complaints: Sequence[str] = (),
+) -> None:
+    """Write CSV, Markdown and PNG, and print the goals; complaints say what was wrong or failed."""
     folder.mkdir(parents=True, exist_ok=True)
     stem = folder / ("layer-" + re.sub(r"[^a-z0-9]+", "-", where["gpu"].lower()).strip("-"))
     with stem.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
@@ -161,23 +174,27 @@ def write(folder: Path, rows: list[Row], host: dict[str, float], where: dict[str
             )  # fmt: skip
     lines = [f"- {goal}" for goal in goals(rows, host)]
     about = "{gpu}, driver {driver}. {versions}. Commit {commit}, {date}.".format(**where)
-    costs = ", ".join(f"{name} {cost:.1f}" for name, cost in host.items())
-    text = ["# One BN layer on a GPU", "", about, "", "## Goals", "", *lines, ""]
-    text += [f"Host, microseconds a call: {costs}."]
-    stem.with_suffix(".md").write_text("\n".join([*text, "", *tables(rows)]) + "\n", encoding="utf-8")
+    costs = ", ".join(f"{name} {cost:.1f}" for name, cost in host.items()) or "not measured"
+    text = ["# One BN layer on a GPU", "", about, "", READING, "", *tables(rows), ""]
+    if complaints:
+        text += ["## Not measured", "", *(f"- {complaint}" for complaint in complaints), ""]
+    text += ["## Goals", "", *lines, "", f"Host, microseconds a call: {costs}."]
+    stem.with_suffix(".md").write_text("\n".join(text) + "\n", encoding="utf-8")
     print("\n".join(lines))
+    written = f"{stem}.csv, .md"
     try:
         plot(rows, stem.with_suffix(".png"), about)
+        written += ", .png"
     except ImportError:
         print("matplotlib is not installed: no PNG")
-    print(f"written: {stem}.csv, .md, .png")
+    print(f"written: {written}")
 
 
 def tables(rows: list[Row]) -> list[str]:
     """Return a Markdown table for each element type and layout."""
     columns = [("graph", "forward"), ("graph", "backward"), ("ours", "both"), ("PyTorch", "both"),
                ("torch.compile", "both"), ("copy", "copy")]  # fmt: skip
-    titles = ["shape", "variant", *(f"{name}, {phase}, us" for name, phase in columns[:-1]), "copy, us",
+    titles = ["shape", "variant", "MB", *(f"{name}, {phase}, us" for name, phase in columns[:-1]), "copy, us",
               "forward, share", "backward, share", "PyTorch / ours"]  # fmt: skip
     found = {(row.case, row.name, row.phase): row for row in rows}
     out: list[str] = []
@@ -189,8 +206,8 @@ def tables(rows: list[Row]) -> list[str]:
             ratio = "" if cells[2] is None or cells[3] is None else f"{cells[3].median / cells[2].median:.2f}"
             shares = ["" if cell is None else f"{cell.share:.0%}" for cell in cells[:2]]
             figures = ["" if cell is None else f"{cell.median:.1f}" for cell in cells]
-            shape = "×".join(map(str, case.shape))
-            out.append("| " + " | ".join([shape, case.variant, *figures, *shares, ratio]) + " |")
+            about = ["×".join(map(str, case.shape)), case.variant, f"{case.nbytes / MB:.1f}"]
+            out.append("| " + " | ".join([*about, *figures, *shares, ratio]) + " |")
         out.append("")
     return out[:-1]
 

@@ -150,28 +150,47 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", type=_shape, metavar="32x64x56x56")
     parser.add_argument("--layouts", nargs="+", choices=("first", "last"), default=["first", "last"])
     parser.add_argument(
-        "--samplers", nargs="+", type=_sampler, metavar="fs/16", default=[*map(_sampler, SAMPLERS)],
+        "--samplers", nargs="+", type=_sampler, metavar="fs/16",
         help="full, bs/K (whole samples) or fs/K (feature maps), of which 1/K is drawn",
     )  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=tuple(TOLERANCE), help="default: float32; on a GPU all")
+    parser.add_argument("--dtype", choices=tuple(TOLERANCE), help="default: float32")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=("float16", "bfloat16", "float32"), help="on a GPU"
+    )
     parser.add_argument("--activation", choices=("relu",))
     parser.add_argument("--residual", action="store_true")
     parser.add_argument("--rounds", type=_positive)
     parser.add_argument("--threads", type=_positive, help="default: all cores")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument(
-        "--budget", type=float, default=180.0, help="seconds, on a GPU: what is not begun by then is left out"
+        "--budget", type=float, help="seconds, on a GPU: what is not begun by then is left out; default: 300"
     )
-    parser.add_argument("--quick", action="store_true", help="two small shapes, few rounds")
+    parser.add_argument("--quick", action="store_true", help="few shapes, few rounds")
     options = parser.parse_args(arguments)
     if options.device == "cuda":
-        return options
+        return _on_a_gpu(parser, options)
+    for name in ("dtypes", "budget"):
+        if getattr(options, name) is not None:
+            parser.error(f"--{name} needs --device cuda")
     options.dtype = options.dtype or "float32"
+    options.samplers = options.samplers or [*map(_sampler, SAMPLERS)]
     if options.dtype == "bfloat16" and importlib.util.find_spec("ml_dtypes") is None:
         parser.error("bfloat16 needs the package ml_dtypes: NumPy has no such type")
     options.shapes = options.shapes or [*map(_shape, QUICK if options.quick else SHAPES)]
     options.rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
+    return options
+
+
+def _on_a_gpu(parser: argparse.ArgumentParser, options: argparse.Namespace) -> argparse.Namespace:
+    for name in ("samplers", "activation", "residual", "threads"):
+        if getattr(options, name):
+            parser.error(f"--{name} is not for --device cuda, which times every variant of one sampler")
+    if options.dtype == "float64":
+        parser.error("expected --dtypes of float16, bfloat16 and float32, got float64")
+    if any(len(shape) != 4 for shape in options.shapes or ()):
+        parser.error("expected shapes NxCxHxW for --device cuda")
+    options.dtypes = options.dtypes or ([options.dtype] if options.dtype else None)
     return options
 
 

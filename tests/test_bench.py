@@ -1,10 +1,13 @@
 """The benchmarks run, judge before they time, and write what they measured."""
 
+import contextlib
 import csv
 import importlib.util
 import itertools
 import subprocess
 import sys
+import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,8 @@ ROOT = Path(__file__).parents[1]
 if not (ROOT / "bench").is_dir():
     pytest.skip("no bench beside the tests", allow_module_level=True)
 
-from bench import cuda, goals, layer, peers, timing  # noqa: E402
+from bench import contenders, cuda, goals, layer, peers, timing  # noqa: E402
+from sbncore.cuda import device  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -152,13 +156,191 @@ def test_goals_are_held_against_what_was_measured():
 
 def test_the_gpu_report_is_written(tmp_path, capsys):
     where = {"gpu": "A GPU 80GB", "driver": "1", "versions": "v", "commit": "c", "date": "2026-01-01"}
-    goals.write(tmp_path, list(gpu_rows()), {"ours forward": 12.0}, where)
+    goals.write(tmp_path, list(gpu_rows()), {"ours forward": 12.0}, where, ["wrong result: ours"])
     assert "1.98" in capsys.readouterr().out
+    assert (tmp_path / "layer-a-gpu-80gb.png").exists() == bool(importlib.util.find_spec("matplotlib"))
     text = (tmp_path / "layer-a-gpu-80gb.md").read_text()
     assert "A GPU 80GB, driver 1. v. Commit c, 2026-01-01." in text
-    assert "| 256×64×56×56 | BN+add+ReLU |" in text and "## float16, channels-last" in text
+    assert "| 256×64×56×56 | BN+add+ReLU | 102.8 |" in text and "## float16, channels-last" in text
+    tables, after = text.split("## Not measured")
+    assert "- wrong result: ours" in after and "## Goals" in after and "## Goals" not in tables
     lines = (tmp_path / "layer-a-gpu-80gb.csv").read_text().splitlines()
     assert len(lines) == 1 + len(list(gpu_rows())) and lines[1].endswith("A GPU 80GB,1,v,c,2026-01-01")
+
+
+def gpu_cases(*arguments):
+    return cuda.cases(layer._options(["--device", "cuda", *arguments]))
+
+
+def test_the_cases_on_a_gpu():
+    every = gpu_cases()
+    assert len(every) == len(set(every)) == 25 * 3 * 2 * 3
+    assert {case.nbytes // goals.MB for case in every} >= {12, 33, 102}
+    assert every[0].dtype == "float16" and cuda.FOREMOST == {case.shape for case in every[: 8 * 18]}
+    assert len(gpu_cases("--quick")) == 3 * 2 * 3
+    few = gpu_cases("--shapes", "4x8x7x7", "--dtypes", "bfloat16", "float32", "--layouts", "last")
+    assert [case.dtype for case in few] == ["bfloat16"] * 3 + ["float32"] * 3 and all(c.last for c in few)
+    assert {case.dtype for case in gpu_cases("--dtype", "float32")} == {"float32"}
+    for case in every:  # x and y, which a forward and a copy touch
+        assert contenders.buffers(case, 50 << 20) * 2 * case.nbytes >= 2 * (50 << 20)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["--device cuda --dtype float64", "--device cuda --shapes 64x256x1024", "--device cuda --residual",
+     "--device cuda --samplers full", "--dtypes float16", "--budget 9"],
+)  # fmt: skip
+def test_options_of_the_other_device_are_refused(wrong, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        layer.main(wrong.split())
+    assert stopped.value.code == 2 and "error: " in capsys.readouterr().err
+
+
+def test_a_wrong_or_failing_case_is_told_of_and_the_others_are_timed(capsys):
+    every, complaints = gpu_cases("--quick"), []
+    seen = []
+
+    def one(case, rounds):
+        seen.append((case, rounds))
+        if case == every[1]:
+            raise cuda.WrongResult("ours: y is off by 1")
+        if case == every[2]:
+            raise RuntimeError("out of memory\nand more")
+        return [case]
+
+    begin = time.perf_counter()
+    rows = cuda.sweep(every, one, 1e9, None, begin, complaints)
+    assert rows == [every[0], *every[3:]] and seen[0][1] == cuda.MOST
+    assert complaints[0] == "wrong result, not timed: ours: y is off by 1"
+    assert complaints[1] == f"failed, not timed: {every[2]}: RuntimeError: out of memory"
+    assert cuda.sweep(every, one, -1.0, None, begin, complaints) == []
+    assert "18 of 18 cases left out: -1 s are over" in capsys.readouterr().err
+
+    def hopeless(case, rounds):
+        raise RuntimeError("an illegal address")
+
+    complaints.clear()
+    assert cuda.sweep(every, hopeless, 1e9, 2, begin, complaints) == [] and len(complaints) == cuda.HOPELESS
+
+
+def test_the_time_left_decides_on_the_rounds():
+    other = goals.Case((32, 512, 7, 7), "float16", False, False, False)
+    rounds = [cuda.rounds_for(other, 10, 20, 10.0, 10 + left) for left in (5, 15, 25)]
+    assert rounds == [cuda.FEWEST, cuda.SOME, cuda.MOST]
+    foremost = goals.Case((32, 64, 56, 56), "float16", False, False, False)
+    assert cuda.rounds_for(foremost, 10, 20, 10.0, 0) == cuda.MOST
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch):
+    """PyTorch's CPU tensors, a clock in place of events, calls in place of graphs."""
+    pytest.importorskip("torch")
+
+    def timed(call, repeats):
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        return (time.perf_counter() - begin) / repeats
+
+    monkeypatch.setattr(cuda, "timed", timed)
+    monkeypatch.setattr(cuda, "captured", lambda call, count: lambda: [call() for _ in range(count)])
+    monkeypatch.setattr(cuda, "PATIENCE", 0.0)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("dtype", goals.ITEMSIZE)
+def test_the_gpu_benchmark_on_cpu_tensors(on_the_cpu, dtype, last):
+    for variant in cuda.VARIANTS:
+        case = goals.Case((8, 6, 14, 14), dtype, last, *variant)
+        rows = list(cuda.measure(case, 2, 2 * case.nbytes, [], device="cpu"))
+        found = {(row.name, row.phase): row for row in rows}
+        expected = {(name, phase) for name in ("ours", "graph", "PyTorch") for phase in cuda.PHASES}
+        assert found.keys() == {("copy", "copy")} | expected
+        assert found["copy", "copy"].share == pytest.approx(1)
+        assert all(0 < row.p20 <= row.median <= row.p80 for row in rows)
+        assert all((row.share > 0) == (row.name != "PyTorch") for row in rows)
+
+
+def test_the_gpu_benchmark_from_its_options_to_its_files(on_the_cpu, monkeypatch, tmp_path, capsys):
+    null = contextlib.nullcontext()
+    runtime = types.SimpleNamespace(getDevice=lambda: 0, getDeviceProperties=lambda _: {"l2CacheSize": 1})
+    pool = types.SimpleNamespace(free_all_blocks=lambda: None)
+    fake = types.SimpleNamespace(
+        __version__="1", cuda=types.SimpleNamespace(runtime=runtime), get_default_memory_pool=lambda: pool
+    )
+    on_gpu = types.SimpleNamespace(
+        Stream=lambda: null, stream=lambda stream: stream, empty_cache=lambda: None,
+        get_device_properties=lambda _: types.SimpleNamespace(name="A GPU"),
+    )  # fmt: skip
+    torch = pytest.importorskip("torch")
+    stub = types.SimpleNamespace(
+        __version__="2", cuda=on_gpu, version=torch.version, backends=torch.backends
+    )
+    right, costs = cuda.measure, cuda.host_costs
+    monkeypatch.setattr(device, "cupy", lambda: fake)
+    monkeypatch.setattr(cuda, "_torch", lambda: stub)
+    monkeypatch.setattr(cuda, "_shared", lambda *_: null)
+    monkeypatch.setattr(cuda, "measure", lambda *given: right(*given, device="cpu"))
+    monkeypatch.setattr(cuda, "host_costs", lambda rounds: costs(rounds, 2, "cpu"))
+    command = ["--device", "cuda", "--shapes", "4x8x7x7", "--dtypes", "float32", "--rounds", "2"]
+    with pytest.raises(SystemExit) as stopped:
+        layer.main([*command, "--out", str(tmp_path)])
+    printed = capsys.readouterr()
+    assert stopped.value.code == 0, printed.err
+    assert "host, microseconds of a backward: " in printed.out and "100%" in printed.err
+    with (tmp_path / "layer-a-gpu.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 3 * 10 and {row["gpu"] for row in rows} == {"A GPU"} and rows[0]["commit"]
+    assert "host" in (tmp_path / "layer-a-gpu.md").read_text(encoding="utf-8")
+
+
+def test_the_hosts_cost_is_measured(on_the_cpu):
+    costs = cuda.host_costs(1, repeats=2, device="cpu")
+    assert list(costs) == [f"{name} {phase}" for name in ("ours", "PyTorch") for phase in cuda.PHASES[:2]]
+
+
+@pytest.mark.parametrize("name", ["y", "x", "weight", "bias", "residual"])
+@pytest.mark.parametrize("who", ["Ours", "Torch"])
+def test_the_gpu_benchmark_finds_a_wrong_result(on_the_cpu, monkeypatch, who, name):
+    one = getattr(contenders, who)
+    right_y, right_gradients = one.y, one.gradients
+    wrong = (lambda a: a * 1.1) if name in ("y", "x", "residual") else (lambda a: a + 30)
+    monkeypatch.setattr(cuda, "alternate", lambda *_: pytest.fail("timed before it was right"))
+    monkeypatch.setattr(one, "y", lambda self: wrong(right_y(self)) if name == "y" else right_y(self))
+    monkeypatch.setattr(
+        one, "gradients",
+        lambda self: {k: wrong(v) if k == name else v for k, v in right_gradients(self).items()},
+    )  # fmt: skip
+    case = goals.Case((8, 6, 14, 14), "float16", True, True, True)
+    what = "y" if name == "y" else f"the gradient of {name}"
+    with pytest.raises(cuda.WrongResult, match=f"on 8×6×14×14 .*: {what} is off by"):
+        list(cuda.measure(case, 1, 0, [], device="cpu"))
+
+
+@pytest.mark.parametrize("phase", cuda.PHASES)
+def test_a_graph_that_captured_nothing_is_found(on_the_cpu, monkeypatch, phase):
+    case = goals.Case((8, 6, 14, 14), "float32", False, True, False)
+    ours = contenders.Ours(contenders.Data(case, 0, "cpu"))
+    ours.turn = -1
+    ours.both()
+    cuda.replayed(ours, phase, 1)()
+    monkeypatch.setattr(cuda, "captured", lambda call, count: lambda: None)
+    with pytest.raises(cuda.WrongResult, match=f"a graph of {phase} writes other bits"):
+        cuda.replayed(ours, phase, 1)
+
+
+def test_torch_compile_is_judged_or_left_out(on_the_cpu, monkeypatch):
+    case = goals.Case((8, 6, 14, 14), "float16", False, True, True)
+    monkeypatch.setattr(cuda, "COMPILED", {case.shape})
+    torch = pytest.importorskip("torch")
+    calls, complaints = [], []
+    monkeypatch.setattr(torch, "compile", lambda layer, **options: calls.append(options) or layer)
+    rows = list(cuda.measure(case, 1, 0, complaints, device="cpu"))
+    assert {row.name for row in rows} > {"torch.compile"} and calls == [{"dynamic": False}]
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: 1 / 0)
+    rows = list(cuda.measure(case, 1, 0, complaints, device="cpu"))
+    assert "torch.compile" not in {row.name for row in rows}
+    assert len(complaints) == 1 and complaints[0].startswith("torch.compile left out: failed")
 
 
 def test_without_a_gpu_the_benchmark_says_so(capsys):
