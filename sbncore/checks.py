@@ -66,17 +66,21 @@ def running(value: Any, name: str, C: int, x: np.ndarray, written: bool) -> np.n
 
 
 def output(
-    value: Any, x: np.ndarray, apart: Iterable[np.ndarray | None], same: Iterable[np.ndarray | None] = ()
+    value: Any,
+    x: np.ndarray,
+    apart: Iterable[np.ndarray | None],
+    same: Iterable[np.ndarray | None] = (),
+    name: str = "out",
 ) -> None:
     """Complain unless out is as x, writeable and apart from the inputs, but for being one of ``same``."""
-    view = beside(value, "out", x)
+    view = beside(value, name, x)
     if not is_writeable(value):
-        raise ValueError("out: expected a writeable array, got a read-only one")
+        raise ValueError(f"{name}: expected a writeable array, got a read-only one")
     if any(stride == 0 and size > 1 for stride, size in zip(view.strides, view.shape, strict=True)):
-        raise ValueError("out: expected distinct elements, got an array that repeats its memory")
+        raise ValueError(f"{name}: expected distinct elements, got an array that repeats its memory")
     others = [other for other in same if other is not None and _place(other) != _place(view)]
     if any(_overlap(view, other) for other in (*apart, *others) if other is not None):
-        raise ValueError("out: expected memory apart from the inputs', got an array that overlaps them")
+        raise ValueError(f"{name}: expected memory apart from the inputs', got an array that overlaps them")
 
 
 def _overlap(a: np.ndarray, b: np.ndarray) -> bool:

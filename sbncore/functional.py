@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sbncore import checks
-from sbncore.arrays import ELEMENT, PARAMETER, Array, give, on_device
+from sbncore.arrays import ELEMENT, PARAMETER, Array, borrow, give, on_device, writeable
 from sbncore.layout import Result, layout_of
 from sbncore.plans import Plan
 from sbncore.samplers import Full
-from sbncore.saved import Saved
+from sbncore.saved import Kept, Saved
 from sbncore.statistics import Statistics, public
 
 
@@ -70,12 +70,12 @@ def forward(
 
     Source: Chen et al., IEEE TNNLS 32(1), 2021, section III; full: Ioffe and Szegedy, arXiv 1502.03167.
     """
-    return _forward(
-        x, weight, bias, plan, prior, eps, channel_axis, activation, residual, gradient, out, None
+    return forward_in_place(
+        x, weight, bias, plan, prior, eps, channel_axis, activation, residual, gradient, out
     )
 
 
-def _forward(
+def forward_in_place(
     x: Array,
     weight: Array | None,
     bias: Array | None,
@@ -87,8 +87,10 @@ def _forward(
     residual: Array | None,
     gradient: str,
     out: Array | None,
-    running: checks.Running | None,
+    running: checks.Running | None = None,
+    kept: Kept | None = None,
 ) -> tuple[Any, Saved]:
+    """`forward` that also moves running statistics, and leaves what backward needs in the caller's memory."""
     view = checks.array(x, "x", channel_axis)
     layout = layout_of(view, channel_axis)
     if plan is None:
@@ -105,9 +107,28 @@ def _forward(
         flat = layout.flatten(view)
         y = Result(flat, layout, x, out)
         relu = activation == "relu"
-        state = phases_for(view).forward(y.flat, flat, layout, plan, by, given, eps, relu, running)
+        state = phases_for(view).forward(y.flat, flat, layout, plan, by, given, eps, relu, running, kept)
         saved = Saved(x, flat, layout, plan, state, weight, bias, residual is not None, relu, gradient)
         return y.hand_back(), saved
+
+
+def saved_in(
+    kept: Kept,
+    x: Array,
+    plan: Plan,
+    weight: Array | None,
+    bias: Array | None,
+    residual: bool,
+    activation: str | None,
+    gradient: str,
+) -> Saved:
+    """Return what `forward_in_place` saved, from the memory that kept it and forward's own arguments."""
+    view = checks.array(x, "x", 1)
+    layout = layout_of(view, 1)
+    with on_device(view):
+        flat = layout.flatten(view)
+        state = phases_for(view).restored(flat, layout, plan, kept)
+    return Saved(x, flat, layout, plan, state, weight, bias, residual, activation == "relu", gradient)
 
 
 def backward(
@@ -168,6 +189,36 @@ def backward(
             give(dbias, saved.bias) if "bias" in wanted else None,
             None if "residual" not in wanted else dy if dresidual is None else dresidual.hand_back(),
         )
+
+
+def repair(dx: Array, dy: Array, saved: Saved, dweight: Array, dbias: Array) -> None:
+    """Take the statistics' part from dx, in place: the exact `backward`'s second phase.
+
+    At the places drawn ``dx_i = weight * rstd * (g_i - p_i * (dbias + xhat_i * dweight))``. Several processes
+    call ``backward(dy, saved, gradient="detached")``, add up their dweight and dbias, each times its share
+    of the merged statistics where theirs are, and repair by the sums.
+
+    Args:
+        dx: as x, from the first phase; of a plan that draws everything it may hold anything.
+        dy: as the first phase's.
+        saved: from `forward`.
+        dweight, dbias: (C,), parameters' dtype, the sums of g * xhat and g over all places of all processes.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came, before any write.
+    """
+    if not isinstance(saved, Saved):
+        raise TypeError(f"saved: expected what forward returned, got {type(saved).__name__}")
+    layout, x = saved.layout, saved.x
+    view = checks.beside(dy, "dy", layout.restore(x))
+    sums = [checks.channels(dweight, "dweight", layout.C, view)]
+    sums.append(checks.channels(dbias, "dbias", layout.C, view))
+    checks.output(dx, view, (view, layout.restore(x)), name="dx")
+    with on_device(view):
+        target = layout.flatten(borrow(dx, "dx"))
+        phases_for(view).repair(target, layout.flatten(view), saved, *sums)
+        if not layout.lies(borrow(dx, "dx")):
+            writeable(borrow(dx, "dx"))[...] = layout.restore(target)
 
 
 def moments(

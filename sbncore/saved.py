@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from sbncore.arrays import ELEMENT, PARAMETER
 from sbncore.layout import Layout
 from sbncore.plans import Plan
 from sbncore.statistics import Statistics, public
+
+ROWS = 6  # of the values: mean, var, rstd, shift, scale, offset
+
+
+class Kept(NamedTuple):
+    """The caller's memory for what backward needs beside x, where an autograd wants to hold it."""
+
+    values: Any  # (ROWS, C) float64
+    mask: Any  # (mask_size,) uint8, or None
+    step: Any = None  # (1,) int64 on a GPU: the step drawn at, where an array held it
 
 
 @dataclass(frozen=True, eq=False, repr=False)

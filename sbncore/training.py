@@ -7,7 +7,7 @@ from typing import Any
 from sbncore import checks
 from sbncore.arrays import Array
 from sbncore.drawing import Sampler
-from sbncore.functional import Saved, _forward
+from sbncore.functional import Saved, forward_in_place
 from sbncore.layout import layout_of
 from sbncore.plans import Plan
 from sbncore.samplers import Full
@@ -82,7 +82,7 @@ def batch_norm(
     running = None
     if training and stored:
         running = checks.Running(stored[0], stored[1], factor, bool(skip_nonfinite))
-    return _forward(
+    return forward_in_place(
         x, weight, bias, plan, prior if plan.prior > 0 else None, eps, channel_axis, activation, residual,
         gradient, out, running,
     )  # fmt: skip

@@ -21,6 +21,9 @@ if platform.machine() not in ("x86_64", "AMD64") or shutil.which("g++") is None:
     pytest.skip("the emulator needs g++ and an x86-64 processor", allow_module_level=True)
 
 EMULATOR = Path(__file__).parent / "emulator"
+UNWRITTEN = 0xAB
+
+
 def build(kinds, source=None, optimize=True):
     """Compile the kernels of some element types, kept by their text; returns the library's path."""
     text = device.source().partition("// A call's arguments")[1:]
@@ -66,7 +69,7 @@ class EmulatedDevice:
 
     def empty(self, shape, dtype):
         array = np.empty(shape, dtype)
-        array.view(np.uint8).fill(0xAB) if array.size else None
+        array.view(np.uint8).fill(UNWRITTEN) if array.size else None
         self.name(array, written=False)
         return array
 
@@ -78,7 +81,10 @@ class EmulatedDevice:
         memory = ctypes.create_string_buffer(packed, len(packed))
         for library in self._libraries:
             library.forget_arrays()
-            for begin, (size, written, _) in self._named.items():
+            for begin, (size, written, array) in self._named.items():
+                if not written.all():  # elements that the host wrote itself
+                    bits = array.reshape(-1).view(np.uint8).reshape(-1, array.itemsize)
+                    written |= np.repeat((bits != UNWRITTEN).any(axis=1), array.itemsize)
                 library.name_array(
                     ctypes.c_void_p(begin), ctypes.c_longlong(size), ctypes.c_void_p(written.ctypes.data)
                 )

@@ -4,7 +4,8 @@ import numpy as np
 from conftest import TOLERANCE, error
 
 import sbncore as sbn
-from sbncore import reference
+from sbncore import functional, reference
+from sbncore.saved import Kept
 
 DTYPES = {"float64": np.float64, "float32": np.float32, "float16": np.float16}
 try:
@@ -79,3 +80,30 @@ def run(
         wrong = error(back(got), expected)
         assert wrong <= TOLERANCE[dtype], (name, wrong, dtype, shape, plan)
     return y, grads, saved
+
+
+def run_in_phases(rng, dtype, shape, sampler, last=False, relu=False, add=False, to=None):
+    """The exact backward in two phases, from memory of the caller's: the one call's gradients."""
+    kind, C = DTYPES[dtype], shape[1]
+    parameter = np.float64 if dtype == "float64" else np.float32
+    arrange = channels_last if last else np.array
+    x, dy, residual = (arrange(rng.normal(0.5, 1, shape).astype(kind)) for _ in range(3))
+    weight, bias = rng.normal(1, 0.5, C).astype(parameter), rng.normal(0, 1, C).astype(parameter)
+    plan, activation = sampler.plan(shape, step=3), "relu" if relu else None
+    _, saved = sbn.forward(
+        x, weight, bias, plan=plan, activation=activation, residual=residual if add else None
+    )
+    mask = np.full_like(saved.state.mask, 7) if relu and add else None
+    kept = Kept(np.full_like(saved.state.values, np.nan), mask)
+    arguments = (x, weight, bias, plan, None, 1e-5, 1, activation, residual if add else None, "exact", None)
+    functional.forward_in_place(*arguments, kept=kept)
+    restored = functional.saved_in(kept, x, plan, weight, bias, add, activation, "exact")
+    whole = sbn.backward(dy, saved)
+    again = sbn.backward(dy, restored)
+    first = sbn.backward(dy, restored, gradient="detached")
+    sbn.repair(first.x, dy, restored, first.weight, first.bias)
+    for name in ("x", "weight", "bias", "residual"):
+        assert (getattr(whole, name) is None) == (getattr(again, name) is None)
+        if getattr(whole, name) is not None:
+            assert (getattr(whole, name) == getattr(again, name)).all(), name
+    assert error(first.x, whole.x) <= TOLERANCE[dtype], (dtype, shape, plan)

@@ -59,6 +59,16 @@ def test_every_kernel_is_launched_and_right(rng, dtype):
     assert launched == set(emulation.instances(types=(NAMES[dtype],)))
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_phases_and_the_callers_memory(rng, dtype, sampler):
+    for (shape, last), relu, add in itertools.product(
+        [((33, 8, 9), False), ((32, 8, 16), False), ((8, 4, 9), True)], *[[False, True]] * 2
+    ):
+        with emulation.emulated(emulator(dtype, multiprocessors=1)):
+            product.run_in_phases(rng, dtype, shape, SAMPLERS[sampler], last, relu, add)
+
+
 @pytest.mark.parametrize("clusters", [False, True])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("shape", [(36, 8, 7, 7), (12, 5, 24, 10), (6, 64), (100, 2, 80, 80)])

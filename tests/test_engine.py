@@ -1,6 +1,9 @@
 """Every kernel against the reference, over the product of dtypes, layouts, samplers, shapes and options."""
 
+import itertools
+
 import numpy as np
+import product
 import pytest
 from conftest import TOLERANCE, error
 from hypothesis import example, given, settings
@@ -142,3 +145,10 @@ def test_halves_are_rounded_to_nearest_even_with_all_their_values(dtype):
         eps=0.0,
     )
     assert (y[0].view(np.uint16) == weights.astype(DTYPES[dtype]).view(np.uint16)).all()
+
+
+@pytest.mark.parametrize("sampler", product.SAMPLERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_phases_and_the_callers_memory(rng, dtype, sampler):
+    for last, relu, add in itertools.product([False, True], repeat=3):
+        product.run_in_phases(rng, dtype, (8, 4, 3, 8), product.SAMPLERS[sampler], last, relu, add)

@@ -127,9 +127,14 @@ def repair(
 
 
 def mask_for(layout: Layout) -> np.ndarray:
-    """Return memory for one bit per element; every row begins with a byte of its own."""
+    """Return memory for one bit per element."""
+    return np.empty(mask_size(layout), np.uint8)
+
+
+def mask_size(layout: Layout) -> int:
+    """Return the bytes of one bit per element; every row begins with a byte of its own."""
     rows, row = (layout.N * layout.S, layout.C) if layout.last else (layout.N * layout.C, layout.S)
-    return np.empty(rows * ((row + 7) // 8), np.uint8)
+    return rows * ((row + 7) // 8)
 
 
 class _Work:

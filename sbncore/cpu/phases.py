@@ -1,6 +1,6 @@
 """What the CPU does in a call, in order: of checked arguments, over flat memory.
 
-`sbncore.cuda.phases` has the same four functions.
+`sbncore.cuda.phases` has the same functions.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from sbncore.checks import Parameters, Running
 from sbncore.cpu import engine
 from sbncore.layout import Layout
 from sbncore.plans import Plan
-from sbncore.saved import Saved
+from sbncore.saved import ROWS, Kept, Saved
 from sbncore.statistics import Given, Moments, merge_moments
 
 # What is not finite shows in the result, as in every framework; it is no warning.
@@ -23,13 +23,21 @@ _quiet = np.errstate(all="ignore")
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """What forward leaves for backward, float64 but for the coefficients."""
+    """What forward leaves for backward."""
 
     plan: Plan  # as drawn
-    moments: Moments
-    rstd: np.ndarray
-    coefficients: engine.Coefficients
+    values: np.ndarray  # (6, C) float64: mean, var, rstd, shift, scale, offset
     mask: np.ndarray | None
+    count: float
+
+    @property
+    def moments(self) -> Moments:
+        return self.values[0], self.values[1], self.count
+
+
+def restored(x: np.ndarray, layout: Layout, plan: Plan, kept: Kept) -> State:
+    """Return the state that a forward under this plan left in the caller's memory."""
+    return State(plan.now(), kept.values, kept.mask, plan.effective_count)
 
 
 @_quiet
@@ -58,22 +66,26 @@ def forward(
     eps: float,
     relu: bool,
     running: Running | None = None,
+    kept: Kept | None = None,
 ) -> State:
     """Write y and move the running statistics; where backward needs them, keep the bits of y > 0."""
     plan = plan.now()
     statistics = moments(x, layout, plan, prior)
-    masked = relu and given.residual is not None
-    coefficients, rstd, mask = _normalize(y, x, layout, statistics, given, eps, relu, masked)
+    values = np.empty((ROWS, layout.C)) if kept is None else kept.values
+    mask = None
+    if relu and given.residual is not None:
+        mask = engine.mask_for(layout) if kept is None else kept.mask
+    _normalize(y, x, layout, statistics, given, eps, relu, values, mask)
     if running is not None and x.size:
         _move(running, statistics)
-    return State(plan, statistics, rstd, coefficients, mask)
+    return State(plan, values, mask, statistics[2])
 
 
 def normalize(
     y: np.ndarray, x: np.ndarray, layout: Layout, by: Given, given: Parameters, eps: float, relu: bool
 ) -> None:
     """Write y, normalized by given statistics."""
-    _normalize(y, x, layout, _widened(by), given, eps, relu, masked=False)
+    _normalize(y, x, layout, _widened(by), given, eps, relu, np.empty((ROWS, layout.C)), None)
 
 
 @_quiet
@@ -95,6 +107,16 @@ def backward(
 
 
 @_quiet
+def repair(
+    dx: np.ndarray, dy: np.ndarray, saved: Saved, dweight: np.ndarray, dbias: np.ndarray
+) -> None:
+    """Write dx at the places drawn, from the given sums of g and g * xhat over everything."""
+    if saved.x.size and saved.state.plan.parts:
+        c = _coefficients(saved)
+        _repair(dx, None, dy, saved, c, widen(dweight), widen(dbias))
+
+
+@_quiet
 def _normalize(
     y: np.ndarray,
     x: np.ndarray,
@@ -103,17 +125,18 @@ def _normalize(
     given: Parameters,
     eps: float,
     relu: bool,
-    masked: bool,
-) -> tuple[engine.Coefficients, np.ndarray, np.ndarray | None]:
+    values: np.ndarray,
+    mask: np.ndarray | None,
+) -> None:
     mean, var, _ = statistics
     rstd = 1 / np.sqrt(var + eps)  # infinite where a given variance and eps are 0
     weight, bias = (None if p is None else widen(p) for p in (given.weight, given.bias))
     coefficients = engine.coefficients(mean, rstd, weight, bias, engine.compute_type(x))
-    mask = engine.mask_for(layout) if masked else None
+    for row, value in zip(values, (mean, var, rstd, *coefficients), strict=True):
+        row[...] = value
     if x.size:
         residual = None if given.residual is None else layout.flatten(given.residual)
         engine.normalize(y, mask, x, residual, coefficients, relu, layout)
-    return coefficients, rstd, mask
 
 
 @_quiet
@@ -134,7 +157,8 @@ def _differentiate(
     if not saved.x.size:
         return np.zeros(saved.layout.C), np.zeros(saved.layout.C)
     x, layout, relu, state = saved.x, saved.layout, saved.relu, saved.state
-    plan, mask, c = state.plan, state.mask, state.coefficients
+    plan, mask = state.plan, state.mask
+    c = _coefficients(saved)
     places = plan.runs
     through = gradient != "detached" and len(places.begin) > 0  # the gradient flows through the statistics
     dense = through and plan.full and dx is not None  # the repair writes everything
@@ -146,13 +170,33 @@ def _differentiate(
             engine.sums(*written, dy, x, mask, c, relu, layout)
     else:
         dbias, second = engine.sums(*written, dy, x, mask, c, relu, layout)
-    rounding = state.moments[0] - c.shift
-    dweight = (second - rounding * dbias) * state.rstd
+    mean, _, rstd = state.values[:3]
+    dweight = (second - (mean - c.shift) * dbias) * rstd
     if through and dx is not None:
-        k1 = c.scale * state.rstd * dweight
-        k0 = c.scale * dbias - k1 * rounding
-        engine.repair(dx, dresidual if dense else None, dy, x, mask, c, k0, k1, relu, layout, places)
+        _repair(dx, dresidual if dense else None, dy, saved, c, dweight, dbias)
     return dweight, dbias
+
+
+def _coefficients(saved: Saved) -> engine.Coefficients:
+    return engine.Coefficients(*saved.state.values[3:].astype(engine.compute_type(saved.x)))
+
+
+def _repair(
+    dx: np.ndarray,
+    dresidual: np.ndarray | None,
+    dy: np.ndarray,
+    saved: Saved,
+    c: engine.Coefficients,
+    dweight: np.ndarray,
+    dbias: np.ndarray,
+) -> None:
+    state = saved.state
+    mean, _, rstd = state.values[:3]
+    k1 = c.scale * rstd * dweight
+    k0 = c.scale * dbias - k1 * (mean - c.shift)
+    engine.repair(
+        dx, dresidual, dy, saved.x, state.mask, c, k0, k1, saved.relu, saved.layout, state.plan.runs
+    )
 
 
 def _widened(given: Given) -> Moments:

@@ -1,6 +1,6 @@
 """What a GPU does in a call, in order: of checked arguments, over flat device memory.
 
-`sbncore.cpu.phases` has the same four functions. Nothing here waits for the device.
+`sbncore.cpu.phases` has the same functions. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from sbncore.cuda import call, geometry
 from sbncore.cuda.device import Device, device_of
 from sbncore.layout import Layout
 from sbncore.plans import Part, Plan
-from sbncore.saved import Saved
+from sbncore.saved import ROWS, Kept, Saved
 from sbncore.statistics import Given, Moments
 
 TYPES = {"float64": "double", "float32": "float", "float16": "float16", "bfloat16": "bfloat16"}
@@ -24,7 +24,7 @@ class State:
     """What forward leaves for backward in device memory."""
 
     def __init__(self, values: Any, count: float, draws: Draws) -> None:
-        self.values = values  # (6, C) float64: mean, var, rstd, shift, scale, offset
+        self.values = values  # (ROWS, C) float64
         self.count = count
         self.draws = draws
         self.mask: Any = None
@@ -39,10 +39,10 @@ class State:
 class Draws:
     """What a plan's parts need in device memory: the step as it was, the few values that are sorted."""
 
-    def __init__(self, device: Device, plan: Plan, size: int) -> None:
+    def __init__(self, device: Device, plan: Plan, size: int, kept: Any = None) -> None:
         step = plan.step
         self.step = None if step is None else device.step(step)
-        self.kept = None if step is None else device.empty(1, "int64")
+        self.kept = None if step is None else device.empty(1, "int64") if kept is None else kept
         self.tables: Any = None
         self.addresses: dict[int, int] = {}
         counts = [call.table_size(part, size) for part in plan.parts]
@@ -110,7 +110,7 @@ def moments(x: Any, layout: Layout, plan: Plan, prior: Given | None) -> Moments:
     """Return the moments of the places drawn, mixed with the prior."""
     _check(plan)
     device = device_of(x)
-    values = device.empty((6, layout.C), "float64")
+    values = device.empty((ROWS, layout.C), "float64")
     if x.size:
         given = Parameters(x, layout)
         draws = Draws(device, plan, layout.S)
@@ -132,12 +132,14 @@ def forward(
     eps: float,
     relu: bool,
     running: Running | None = None,
+    kept: Kept | None = None,
 ) -> State:
     """Write y and move the running statistics; where backward needs them, keep the bits of y > 0."""
     _check(plan)
     device = device_of(x)
-    values = device.empty((6, layout.C), "float64")
-    state = State(values, _count(plan, prior, x.size), Draws(device, plan, layout.S))
+    kept = kept or Kept(device.empty((ROWS, layout.C), "float64"), None)
+    values = kept.values
+    state = State(values, _count(plan, prior, x.size), Draws(device, plan, layout.S, kept.step))
     if not x.size:
         _of_nothing(values, plan, prior)
         return state
@@ -147,9 +149,8 @@ def forward(
     if running is not None and prior is not None and plan.prior < 1:
         prior = Given(prior.mean.copy(), prior.var.copy(), prior.count)  # blocks read it while one moves it
     if relu and residual is not None:
-        sweep = work.sweep
-        words = -(-sweep.rows // geometry.UNROLL) * sweep.columns
-        state.mask = device.empty(words * MASK_WORD[sweep.vector], "uint8")
+        size = _mask_size(work.sweep)
+        state.mask = device.empty(size, "uint8") if kept.mask is None else kept.mask
         state.aligned = work.sizes.aligned
     pointers = {
         "y": address(y), "x": address(x), "residual": _at(residual), "mask": _at(state.mask),
@@ -158,6 +159,29 @@ def forward(
     options = f"{_flag(relu)},{_flag(residual is not None)}"
     _launch_forward(work, pointers, state.draws, prior, given, eps, running, options, state.count)
     return state
+
+
+def restored(x: Any, layout: Layout, plan: Plan, kept: Kept) -> State:
+    """Return the state that a forward under this plan left in the caller's memory."""
+    device = device_of(x)
+    draws = Draws(device, plan, layout.S, kept.step)
+    state = State(kept.values, plan.effective_count, draws)
+    state.mask = kept.mask
+    if draws.addresses:
+        draws.step = draws.kept
+        work = Work(device, x, layout, plan, (), fused=False)
+        _draw(work, {"step": _at(draws.kept)}, draws, draws.parts(plan.parts, plan))
+    return state
+
+
+def mask_size(layout: Layout, itemsize: int) -> int:
+    """Return the bytes of a mask for an aligned array."""
+    sizes = geometry.Sizes(layout.N, layout.C, layout.S, layout.last, itemsize, True)
+    return _mask_size(geometry.sweep(sizes, 1))
+
+
+def _mask_size(sweep: geometry.Sweep) -> int:
+    return -(-sweep.rows // geometry.UNROLL) * sweep.columns * MASK_WORD[sweep.vector]
 
 
 def normalize(
@@ -169,7 +193,7 @@ def normalize(
     device = device_of(x)
     plan = Plan((layout.N, *layout.spatial), (), 1.0)
     residual = None if given.residual is None else layout.flatten(given.residual)
-    values = device.empty((6, layout.C), "float64")
+    values = device.empty((ROWS, layout.C), "float64")
     work = Work(device, x, layout, plan, (y, residual), fused=False)
     pointers = {"y": address(y), "x": address(x), "residual": _at(residual), "state": address(values)}
     options = f"{_flag(relu)},{_flag(residual is not None)}"
@@ -238,19 +262,60 @@ def backward(
             only_sums = pointers | {"dx": 0, "dresidual": 0} if dense else pointers
             work.everywhere("sums", f"{mode},true", only_sums)
             read["from_blocks"] = sweep.blocks
-        if dense:
-            work.everywhere("repair", mode, pointers, draws.parts(plan.parts, plan, walked=False), **read)
-        elif plan.apart or not through:
-            work.at_places("repair_places", mode, pointers, parts, **read)
-        else:
-            for k, part in enumerate(plan.parts):
-                work.at_places(
-                    "repair_places", mode, pointers, draws.parts((part,), plan), onto=k > 0, **read
-                )
+        _repair(work, mode, pointers, draws, parts, dense, plan.apart or not through, read)
     for array, wanted in zip((dx, dresidual), asked, strict=True):
         if array is not wanted:
             wanted[...] = array
     return dweight, dbias
+
+
+def repair(dx: Any, dy: Any, saved: Saved, dweight: Any, dbias: Any) -> None:
+    """Write dx at the places drawn, from the given sums of g and g * xhat over everything."""
+    x, layout, plan, state = saved.x, saved.layout, saved.plan, saved.state
+    if not x.size or not plan.parts:
+        return
+    device = device_of(x)
+    masked = state.mask is not None
+    written = dx
+    if masked and state.aligned:  # the mask is read in the columns it was written in
+        dy = dy if _aligned(dy) else dy.copy()
+        written = dx if _aligned(dx) else dx.copy()
+    work = Work(device, x, layout, plan, (dy, written), fused=False, aligned=state.aligned)
+    draws = state.draws
+    state.work[1:] = [work]
+    mean, _, rstd, shift = state.values[:4]
+    pointers = {
+        "dx": address(written), "mask": _at(state.mask), "x": address(x), "dy": address(dy),
+        "state": address(state.values), "step": _at(draws.kept), "partial": work.partial_for(1, layout.C),
+    }  # fmt: skip
+    work.partial[: layout.C] = widen(dbias)
+    work.partial[layout.C :] = widen(dweight) / rstd + (mean - shift) * widen(dbias)
+    mode = "MASKED" if masked else "RELU" if saved.relu else "PLAIN"
+    read = {"from_places": True, "from_blocks": 1, "total_scale": 1.0}
+    parts = draws.parts(plan.parts, plan)
+    _repair(work, mode, pointers, draws, parts, plan.full, plan.apart, read)
+    if written is not dx:
+        dx[...] = written
+
+
+def _repair(
+    work: Work,
+    mode: str,
+    pointers: dict[str, int],
+    draws: Draws,
+    parts: bytes,
+    dense: bool,
+    at_once: bool,
+    read: dict[str, Any],
+) -> None:
+    plan = work.plan
+    if dense:
+        work.everywhere("repair", mode, pointers, draws.parts(plan.parts, plan, walked=False), **read)
+    elif at_once:
+        work.at_places("repair_places", mode, pointers, parts, **read)
+    else:
+        for k, part in enumerate(plan.parts):
+            work.at_places("repair_places", mode, pointers, draws.parts((part,), plan), onto=k > 0, **read)
 
 
 def _launch_forward(
@@ -291,8 +356,7 @@ def _launch_forward(
     elif plan.prior < 1:
         numbers["total_scale"] = 1 / sum(part.weight for part in plan.parts)
     if draws.addresses:
-        most = max(call.range_size(part, plan.S) for part in plan.parts if call.table_size(part, plan.S))
-        work.device.launch("draw", -(-most // 128), 128, call.pack(pointers, work.geometry, parts))
+        _draw(work, pointers, draws, parts)
     if work.fused:
         work.everywhere("forward", options, pointers, parts, **numbers)
     else:
@@ -312,6 +376,12 @@ def _launch_forward(
     for name in ("running_mean", "running_var"):
         if name in held and held[name] is not parameters[name]:
             parameters[name][...] = held[name]
+
+
+def _draw(work: Work, pointers: dict[str, int], draws: Draws, parts: bytes) -> None:
+    plan = work.plan
+    most = max(call.range_size(part, plan.S) for part in plan.parts if call.table_size(part, plan.S))
+    work.device.launch("draw", -(-most // 128), 128, call.pack(pointers, work.geometry, parts))
 
 
 def _of_nothing(values: Any, plan: Plan, prior: Given | None) -> None:
