@@ -1,0 +1,93 @@
+"""Tensors to the engine and back: DLPack, and shorter ways on the CPU that give the very same views."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sbncore import arrays
+from sbncore.layout import Layout
+
+_HERE: AbstractContextManager[None] = nullcontext()
+_DENSE = (torch.float64, torch.float32, torch.float16)
+
+
+def view_of(tensor: Tensor) -> np.ndarray | None:
+    """Return a CPU tensor's memory as NumPy's array of its storage type, or None where DLPack must try."""
+    if tensor.device.type != "cpu" or tensor.layout is not torch.strided or tensor.is_neg():
+        return None
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.dtype in _DENSE:
+        view: np.ndarray = tensor.numpy()
+        return view.view(np.int16) if view.dtype == np.float16 else view
+    if tensor.dtype is torch.bfloat16:
+        bits: np.ndarray = tensor.view(torch.int16).numpy()
+        return bits.view(np.uint16)
+    return None
+
+
+def tensor_of(view: np.ndarray, like: Tensor) -> Tensor | None:
+    """Return NumPy's memory of a storage type as a tensor, or None where DLPack must try."""
+    if not isinstance(view, np.ndarray):
+        return None
+    if view.dtype == np.uint16:
+        return torch.from_numpy(view.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(view.view(np.float16) if view.dtype == np.int16 else view)
+
+
+def memory_of(tensor: Tensor) -> Any:
+    """Return NumPy's or CuPy's view of a tensor of any real dtype that needs no gradient."""
+    if tensor.is_cuda:
+        from sbncore.cuda.device import cupy
+
+        return cupy().from_dlpack(tensor)
+    return tensor.numpy()
+
+
+def layout_of(x: Tensor) -> Layout:
+    """Return `sbncore.layout.layout_of` of a tensor (N, C, *spatial), real or a compiler's stand-in."""
+    shape, strides = tuple(x.shape), x.stride()
+    last, first = Layout(shape, 1, True), Layout(shape, 1, False)
+    if first.S <= 1:
+        return last
+    if x.is_contiguous():
+        return first
+    if x.movedim(1, -1).is_contiguous():
+        return last
+    spatial = [strides[axis] for axis in range(2, x.ndim) if shape[axis] > 1]
+    return last if strides[1] < min(spatial) else first
+
+
+def engine_stream(x: Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which a GPU's kernels go to torch's current stream there."""
+    if x.device.type != "cuda":
+        return _HERE
+    from sbncore.cuda.device import cupy
+
+    return _CurrentStream(cupy(), torch.cuda.current_stream(x.device), x.device.index)
+
+
+class _CurrentStream:
+    """CuPy's device and stream are torch's, within."""
+
+    def __init__(self, xp: Any, stream: Any, device: int) -> None:
+        self._device = xp.cuda.Device(device)
+        self._make = lambda: xp.cuda.Stream.from_external(stream)
+
+    def __enter__(self) -> None:
+        self._device.__enter__()
+        self._stream = self._make()
+        self._stream.__enter__()
+
+    def __exit__(self, *reason: Any) -> None:
+        self._stream.__exit__(*reason)
+        self._device.__exit__(*reason)
+
+
+for kind in (torch.Tensor, torch.nn.Parameter):
+    arrays.SHORT_WAYS[kind] = arrays.ShortWay(view_of, tensor_of)
