@@ -45,12 +45,12 @@ def _with(x: np.ndarray, value: Any, name: str) -> np.ndarray:
     return view
 
 
-def channels(value: Any, name: str, C: int, x: np.ndarray) -> np.ndarray:
-    """Return an array (C,) in the parameters' dtype, or in x's own."""
+def channels(value: Any, name: str, C: int, x: np.ndarray, *others: str) -> np.ndarray:
+    """Return an array (C,) in the parameters' dtype, in x's own, or in another that may be."""
     view = _with(x, value, name)
     if view.shape != (C,):
         raise ValueError(f"{name}: expected shape ({C},) for {C} channels, got {view.shape}")
-    allowed = dict.fromkeys((PARAMETER[element_type(x)], element_type(x)))
+    allowed = dict.fromkeys((PARAMETER[element_type(x)], element_type(x), *others))
     if element_type(view) not in allowed:
         expected = f"{' or '.join(allowed)} beside {element_type(x)}"
         raise TypeError(f"{name}: expected dtype {expected}, got {element_type(view)}")
@@ -76,7 +76,8 @@ def output(
     view = beside(value, name, x)
     if not is_writeable(value):
         raise ValueError(f"{name}: expected a writeable array, got a read-only one")
-    if any(stride == 0 and size > 1 for stride, size in zip(view.strides, view.shape, strict=True)):
+    repeats = (stride == 0 and size > 1 for stride, size in zip(view.strides, view.shape, strict=True))
+    if view.size and any(repeats):
         raise ValueError(f"{name}: expected distinct elements, got an array that repeats its memory")
     others = [other for other in same if other is not None and _place(other) != _place(view)]
     if any(_overlap(view, other) for other in (*apart, *others) if other is not None):
@@ -118,8 +119,8 @@ def choice(value: Any, name: str, choices: tuple[Any, ...]) -> None:
         raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
 
 
-def plan_for(plan: Any, layout: Layout, prior: Statistics | None) -> None:
-    """Complain unless the plan was drawn for this shape and has the prior it wants."""
+def plan_for(plan: Any, layout: Layout, prior: Statistics | None, fewest: int = 2) -> None:
+    """Complain unless the plan was drawn for this shape, with values enough, and has the prior it wants."""
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: expected a Plan (sampler.plan(x.shape)), got {type(plan).__name__}")
     outer = (layout.N, *layout.spatial)
@@ -133,7 +134,7 @@ def plan_for(plan: Any, layout: Layout, prior: Statistics | None) -> None:
         raise ValueError("prior: expected None, since the plan has no prior (sampler Prior(weight, ...))")
     if layout.N * layout.S and abs(plan.total - 1) > 1e-6:
         raise ValueError(f"plan: expected weights of parts and prior that sum to 1, got {plan.total:g}")
-    if plan.count == 1 and plan.prior == 0:
+    if 0 < plan.count < fewest and plan.prior == 0:
         raise ValueError("plan: expected more than 1 value per channel when training, got a single one")
 
 
@@ -195,5 +196,8 @@ class Parameters:
 
 def given(statistics: Statistics, C: int, x: np.ndarray) -> Given:
     """Return given statistics, checked against x."""
-    mean, var = channels(statistics.mean, "mean", C, x), channels(statistics.var, "var", C, x)
+    mean, var = (
+        channels(value, name, C, x, "float64")
+        for value, name in ((statistics.mean, "mean"), (statistics.var, "var"))
+    )
     return Given(mean, var, statistics.count)

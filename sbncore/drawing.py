@@ -40,6 +40,7 @@ class Sampler:
         layer: int = 0,
         step: Any = 0,
         channel_axis: int = 1,
+        fewest: int = 2,
     ) -> Plan:
         """Draw for one call: a pure function of the sampler and of these arguments.
 
@@ -50,6 +51,7 @@ class Sampler:
                 ``step`` may also be an array of one int64, which is read whenever the plan is used: on a
                 GPU by the kernels themselves, so that a captured graph draws anew at every replay.
             channel_axis: axis of ``shape`` that counts channels.
+            fewest: values per channel; 1 where other processes add theirs (`sbncore.moments`).
 
         Returns:
             The Plan; without parts if the batch is empty.
@@ -83,7 +85,7 @@ class Sampler:
             )
         parts, prior = self.draw(Batch(0, outer[0], outer[1:], keys), outer[0] - virtual)
         plan = Plan(outer, parts, prior, virtual)
-        if plan.count == 1 and prior == 0:
+        if plan.count < fewest and prior == 0:
             raise ValueError(
                 "expected more than 1 value per channel when training, got a sample of a single "
                 f"value: {self} of shape {tuple(shape)}; a count, a ratio or at_least can raise it"

@@ -222,22 +222,29 @@ def repair(dx: Array, dy: Array, saved: Saved, dweight: Array, dbias: Array) -> 
 
 
 def moments(
-    x: Array, plan: Plan | None = None, *, prior: Statistics | None = None, channel_axis: int = 1
+    x: Array,
+    plan: Plan | None = None,
+    *,
+    prior: Statistics | None = None,
+    channel_axis: int = 1,
+    dtype: str | None = None,
 ) -> Statistics:
     """Return the statistics that `forward` would normalize x by: its first phase.
 
-    Args and errors as `forward`. Several processes `merge` theirs and `normalize` by the result. The mean
-    is rounded to the parameters' dtype, which `forward` avoids: it matters for |mean|/std beyond 1e4.
+    Args and errors as `forward`, but that a single value will do. Several processes `merge` theirs and
+    `normalize` by the result. They come in ``dtype``: "float32", which rounds the mean as `forward` does not
+    (it matters for |mean|/std beyond 1e4), or "float64"; by default that of parameters beside x.
     """
     view = checks.array(x, "x", channel_axis)
     layout = layout_of(view, channel_axis)
     if plan is None:
-        plan = Full().plan(view.shape, channel_axis=channel_axis)
-    checks.plan_for(plan, layout, prior)
+        plan = Full().plan(view.shape, channel_axis=channel_axis, fewest=1)
+    checks.plan_for(plan, layout, prior, fewest=1)
+    checks.choice(dtype, "dtype", (None, "float32", "float64"))
     by = None if prior is None else checks.given(prior, layout.C, view)
     with on_device(view):
         statistics = phases_for(view).moments(layout.flatten(view), layout, plan, by)
-        return public(statistics, PARAMETER[ELEMENT[view.dtype]], x)
+        return public(statistics, dtype or PARAMETER[ELEMENT[view.dtype]], x)
 
 
 def normalize(

@@ -1,5 +1,6 @@
-"""PyTorch layers, a converter for models, virtual samples: sampled batch normalization in torch's own terms."""
+"""Sampled batch normalization for PyTorch: layers, a converter for models, virtual samples."""
 
+from sbncore.adapters.torch.convert import convert_sampled_batchnorm, revert_sampled_batchnorm
 from sbncore.adapters.torch.layers import (
     SampledBatchNorm,
     SampledBatchNorm1d,
@@ -10,5 +11,5 @@ from sbncore.adapters.torch.replay import checkpoint_contexts
 
 __all__ = [
     "SampledBatchNorm", "SampledBatchNorm1d", "SampledBatchNorm2d", "SampledBatchNorm3d",
-    "checkpoint_contexts",
+    "convert_sampled_batchnorm", "revert_sampled_batchnorm", "checkpoint_contexts",
 ]  # fmt: skip

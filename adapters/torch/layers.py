@@ -13,9 +13,11 @@ import sbncore as sbn
 from sbncore import checks
 from sbncore.adapters.torch import ops, replay
 from sbncore.adapters.torch.function import BatchNorm, Options
+from sbncore.adapters.torch.ranks import group_of, over_ranks
 from sbncore.drawing import integer
 
 FULL = sbn.Full()
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class SampledBatchNorm(_BatchNorm):
@@ -31,7 +33,7 @@ class SampledBatchNorm(_BatchNorm):
         sampler: how to draw; `sbncore.Full` is torch's batch normalization.
         gradient: "exact", "sampled" or "detached", as `sbncore.forward`.
         activation: None or "relu", fused.
-        process_group: ranks that share their statistics, as `torch.nn.SyncBatchNorm`'s; None is this one.
+        process_group: ranks that share their statistics, "world" for all there are; None is this one alone.
         seed, layer: integers that name the draws. Layers of one model should differ in ``layer``
             (`convert_sampled_batchnorm` numbers them), ranks that do not share statistics in ``seed``.
             The step is ``num_batches_tracked``.
@@ -46,6 +48,8 @@ class SampledBatchNorm(_BatchNorm):
 
     Source: Chen et al., IEEE TNNLS 32(1), 2021, section III.
     """
+
+    untracked: Tensor | None
 
     def __init__(
         self,
@@ -119,11 +123,17 @@ class SampledBatchNorm(_BatchNorm):
             raise RuntimeError(
                 f"input: expected {self.num_features} channels, got shape {tuple(input.shape)}"
             )
+        if input.dtype not in DTYPES:
+            raise NotImplementedError(f"input: expected one of {DTYPES}, got {input.dtype}")
+        if self.gradient == "sampled" and self._sampler.virtual:
+            raise ValueError("gradient: 'sampled' expects a sample of the batch, got virtual samples too")
         counter = self.num_batches_tracked if tracked else self._untracked(input.device)
         step, counts = replay.step_of(self, counter)
-        y, mean, var = BatchNorm.apply(
+        group = group_of(self.process_group)
+        apply, ranks = (BatchNorm.apply, ()) if group is None else (over_ranks, (group,))
+        y, mean, var = apply(
             input, self.weight, self.bias, residual, self.running_mean if tracked else None,
-            self.running_var if tracked else None, step, self._options(),
+            self.running_var if tracked else None, step, self._options(), *ranks,
         )  # fmt: skip
         if counts and self.training:
             if tracked:

@@ -37,36 +37,53 @@ def word(number: int) -> int:
     return (number + 2**63) % 2**64 - 2**63
 
 
-def plan_of(x: Tensor, draw: Draw, step: Any) -> sbn.Plan:
+class _TorchsErrors:
+    """A dtype or a device that does not fit is torch's RuntimeError."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, complaint: Any, trace: Any) -> None:
+        if kind is TypeError:
+            raise RuntimeError(str(complaint)) from None
+
+
+torchs_errors = _TorchsErrors()
+
+
+def plan_of(x: Tensor, draw: Draw, step: Any, fewest: int = 2) -> sbn.Plan:
     """Return the plan of a call; a step in a GPU's memory stays there, where the sampler allows it."""
     if x.is_cuda:
         sampler, seed, layer = draw
-        plan = _samplers[sampler].plan(x.shape, seed=seed, layer=layer, step=step)
+        plan = _samplers[sampler].plan(x.shape, seed=seed, layer=layer, step=step, fewest=fewest)
         if plan.apart:
             return plan
-    return _drawn(tuple(x.shape), *draw, int(step))
+    return _drawn(tuple(x.shape), *draw, int(step), fewest)
 
 
 @lru_cache(maxsize=512)  # backward finds what forward drew
-def _drawn(shape: tuple[int, ...], sampler: str, seed: int, layer: int, step: int) -> sbn.Plan:
-    return _samplers[sampler].plan(shape, seed=seed, layer=layer, step=step)
+def _drawn(
+    shape: tuple[int, ...], sampler: str, seed: int, layer: int, step: int, fewest: int
+) -> sbn.Plan:
+    return _samplers[sampler].plan(shape, seed=seed, layer=layer, step=step, fewest=fewest)
 
 
 def saved_in(
     state: Tensor, mask: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None,
-    draw: Draw, relu: bool, gradient: str,
+    draw: Draw, relu: bool, gradient: str, fewest: int = 2,
 ) -> Saved:  # fmt: skip
     """Return what the operator forward left, as `sbncore.backward` takes it.
 
     It always has a residual: its gradient is g, whatever there was.
     """
-    kept = _kept(state, mask, x.shape[1])
-    plan = plan_of(x, draw, kept.step if x.is_cuda else kept.step[0])
+    kept = kept_in(state, mask, x.shape[1])
+    plan = plan_of(x, draw, kept.step if x.is_cuda else kept.step[0], fewest)
     activation = "relu" if relu else None
     return functional.saved_in(kept, x, plan, weight, bias, True, activation, gradient)
 
 
-def _kept(state: Tensor, mask: Tensor, C: int) -> Kept:
+def kept_in(state: Tensor, mask: Tensor, C: int) -> Kept:
+    """Return the engine's views of the tensors that backward needs."""
     values, masked = memory_of(state), None if mask.numel() == 0 else memory_of(mask)
     return Kept(values[:-1].reshape(ROWS, C), masked, values[-1:].view("int64"))
 
@@ -79,15 +96,13 @@ _library.define(
 )
 
 
-def _outputs(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
-    running_mean: Tensor | None, running_var: Tensor | None, step: Tensor, sampler: str, seed: int,
-    layer: int, momentum: float, eps: float, relu: bool, skip_nonfinite: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def outputs(
+    x: Tensor, residual: Tensor | None, relu: bool, running: tuple[Tensor | None, Tensor | None]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return forward's results, to be written; the moved running statistics are still as they were."""
     state = x.new_empty(ROWS * x.shape[1] + 1, dtype=torch.float64)
     mask = x.new_empty(_mask_size(x) if relu and residual is not None else 0, dtype=torch.uint8)
-    mean = x.new_empty(0) if running_mean is None else running_mean.clone()
-    var = x.new_empty(0) if running_var is None else running_var.clone()
+    mean, var = (x.new_empty(0) if r is None else r.clone() for r in running)
     return torch.empty_like(x), state, mask, mean, var
 
 
@@ -96,28 +111,31 @@ def _forward(
     running_mean: Tensor | None, running_var: Tensor | None, step: Tensor, sampler: str, seed: int,
     layer: int, momentum: float, eps: float, relu: bool, skip_nonfinite: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    y, state, mask, mean, var = results = _outputs(
-        x, weight, bias, residual, running_mean, running_var, step, sampler, seed, layer, momentum, eps,
-        relu, skip_nonfinite,
-    )  # fmt: skip
-    with engine_stream(x):
+    y, state, mask, mean, var = results = outputs(x, residual, relu, (running_mean, running_var))
+    with engine_stream(x), torchs_errors:
         plan = plan_of(x, (sampler, seed, layer), step)
-        kept = _kept(state, mask, x.shape[1])
+        kept = kept_in(state, mask, x.shape[1])
         if plan.step is None:
             kept.step[0] = int(step)
         running = prior = None
         if running_mean is not None:
-            running = Running(borrow(mean, "running_mean"), borrow(var, "running_var"), momentum, skip_nonfinite)
+            moved = borrow(mean, "running_mean"), borrow(var, "running_var")
+            running = Running(*moved, momentum, skip_nonfinite)
             if plan.prior > 0:
                 prior = sbn.Statistics(running_mean, running_var)
-        try:
-            functional.forward_in_place(
-                x, weight, bias, plan, prior, eps, 1, "relu" if relu else None, residual, "exact", y, running,
-                kept,
-            )  # fmt: skip
-        except TypeError as complaint:  # torch's class for a dtype or a device that does not fit
-            raise RuntimeError(str(complaint)) from None
+        functional.forward_in_place(
+            x, weight, bias, plan, prior, eps, 1, "relu" if relu else None, residual, "exact", y, running,
+            kept,
+        )  # fmt: skip
     return results
+
+
+def _fake_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
+    running_mean: Tensor | None, running_var: Tensor | None, step: Tensor, sampler: str, seed: int,
+    layer: int, momentum: float, eps: float, relu: bool, skip_nonfinite: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return outputs(x, residual, relu, (running_mean, running_var))
 
 
 _library.define(
@@ -145,7 +163,7 @@ def _backward(
     return tuple(x.new_empty(0) if one is None else one for one in results)  # type: ignore[return-value]
 
 
-def _gradients(
+def _fake_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, state: Tensor, mask: Tensor,
     sampler: str, seed: int, layer: int, relu: bool, gradient: str, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -166,7 +184,7 @@ def _mask_size(x: Tensor) -> int:
     return engine.mask_size(layout_of(x))
 
 
-for name, real, fake in (("forward", _forward, _outputs), ("backward", _backward, _gradients)):
+for name, real, fake in (("forward", _forward, _fake_forward), ("backward", _backward, _fake_backward)):
     for key in ("CPU", "CUDA"):
         _library.impl(name, real, key)
     torch.library.register_fake(f"sbncore::{name}", fake, lib=_library)

@@ -334,7 +334,7 @@ def _launch_forward(
     plan, layout = work.plan, work.layout
     parameters: dict[str, Any] = {"weight": given.weight, "bias": given.bias}
     if prior is not None:
-        parameters |= {"prior_mean": prior.mean, "prior_var": prior.var}
+        parameters |= {"prior_mean": _at_most(prior.mean, work), "prior_var": _at_most(prior.var, work)}
     if running is not None:
         parameters |= {"running_mean": running.mean, "running_var": running.var}
     held = {name: _dense(array) for name, array in parameters.items() if array is not None}
@@ -410,6 +410,11 @@ def _at(array: Any) -> int:
 
 def _aligned(array: Any) -> bool:
     return array is None or address(array) % 16 == 0
+
+
+def _at_most(array: Any, work: Work) -> Any:
+    """Statistics in float64 beside other elements: the kernels read them in float32."""
+    return array.astype("float32") if array.dtype == "float64" and work.type != "double" else array
 
 
 def _dense(array: Any) -> Any:

@@ -1,0 +1,156 @@
+"""A model's BatchNorm layers into sampled ones, and back: same Parameters, same buffers, same state_dict."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import sbncore as sbn
+from sbncore.adapters.torch.fuse import fuse as fuse_layers
+from sbncore.adapters.torch.layers import (
+    FULL,
+    SampledBatchNorm,
+    SampledBatchNorm1d,
+    SampledBatchNorm2d,
+    SampledBatchNorm3d,
+)
+
+PAIRS: dict[type[_BatchNorm], type[SampledBatchNorm]] = {
+    nn.BatchNorm1d: SampledBatchNorm1d,
+    nn.BatchNorm2d: SampledBatchNorm2d,
+    nn.BatchNorm3d: SampledBatchNorm3d,
+    nn.SyncBatchNorm: SampledBatchNorm,
+}
+Skip = Collection[str] | Callable[[str, nn.Module], bool]
+
+
+def convert_sampled_batchnorm(
+    model: nn.Module,
+    sampler: sbn.Sampler,
+    *,
+    gradient: str = "exact",
+    fuse: bool = False,
+    skip: Skip = (),
+    process_group: Any = None,
+    seed: int = 0,
+    skip_nonfinite: bool = False,
+) -> nn.Module:
+    """Replace a model's BatchNorm layers, in place, by sampled ones that share their Parameters and buffers.
+
+    Each keeps its mode, device, dtype, hooks and place in the state_dict, and gets a ``layer`` number of its
+    own, in the order of ``named_modules``. A SyncBatchNorm keeps its process group. Subclasses other than
+    torch's own four are left, with a warning, since their forward is their own.
+
+    Args:
+        model: any module; it may be a BatchNorm layer itself.
+        sampler, gradient, process_group, seed, skip_nonfinite: as `SampledBatchNorm`.
+        fuse: also fuse BatchNorm and ReLU, and BatchNorm, addition and ReLU, where torch.fx can trace a
+            module (`sbncore.adapters.torch.fuse`); what it cannot is said in a warning.
+        skip: names of layers as in ``named_modules``, or a function of (name, layer), to be left as they are.
+
+    Returns:
+        The model, or the layer (or traced module) that replaces it.
+
+    Raises:
+        TypeError, ValueError: for arguments, unknown names in skip among them, before anything is replaced.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    options: dict[str, Any] = {
+        "sampler": sampler, "gradient": gradient, "activation": None, "seed": seed,
+        "skip_nonfinite": skip_nonfinite,
+    }  # fmt: skip
+    SampledBatchNorm(1, **options)  # complains
+    skipped = _skipper(model, skip)
+    numbers: dict[nn.Module, int] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, _BatchNorm) or skipped(name, module):
+            continue
+        if isinstance(module, SampledBatchNorm) or type(module) in PAIRS:
+            numbers[module] = len(numbers)
+        elif type(module).__name__.startswith("LazyBatchNorm"):
+            warnings.warn(f"{name}: a lazy layer is converted after its first call, not now", stacklevel=2)
+        else:
+            warnings.warn(f"{name}: {type(module).__name__} has its own forward and is left", stacklevel=2)
+
+    def sampled(module: nn.Module) -> nn.Module:
+        if module not in numbers:
+            return module
+        group = process_group or getattr(module, "process_group", None)
+        if group is None and isinstance(module, nn.SyncBatchNorm):
+            group = "world"
+        chosen = PAIRS.get(type(module), type(module))  # type: ignore[call-overload]
+        new = _like(module, chosen)
+        ours = options | {"activation": getattr(module, "activation", None)}
+        new.configure(**ours, process_group=group, layer=numbers[module])
+        return new
+
+    model = _replaced(model, sampled)
+    if fuse:
+        model, messages = fuse_layers(model)
+        for message in messages:
+            warnings.warn(message, stacklevel=2)
+    return model
+
+
+def revert_sampled_batchnorm(model: nn.Module) -> nn.Module:
+    """Replace a model's sampled layers, in place, by torch's own that share their Parameters and buffers.
+
+    A layer with a fused activation has no equal among torch's: it stays, its sampler `sbncore.Full`.
+    """
+    back = {sampled: plain for plain, sampled in PAIRS.items()}
+
+    def plain(module: nn.Module) -> nn.Module:
+        if not isinstance(module, SampledBatchNorm):
+            return module
+        if module.activation is not None or type(module) not in back:
+            module.sampler = FULL
+            return module
+        new = _like(module, back[type(module)])
+        for name in ("_sampler", "_name", "gradient", "activation", "seed", "layer", "skip_nonfinite"):
+            del new.__dict__[name]
+        del new._buffers["untracked"]
+        new._non_persistent_buffers_set.discard("untracked")
+        if not isinstance(new, nn.SyncBatchNorm):
+            del new.__dict__["process_group"]
+        elif new.process_group == "world":
+            new.process_group = None
+        return new
+
+    return _replaced(model, plain)
+
+
+def _like(module: nn.Module, kind: type[Any]) -> Any:
+    """A module of another class that has all that the module has: Parameters, buffers, hooks, mode."""
+    new = object.__new__(kind)
+    new.__dict__ = {
+        name: value.copy() if isinstance(value, dict | set) else value
+        for name, value in module.__dict__.items()
+    }
+    return new
+
+
+def _replaced(model: nn.Module, replacement: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """Replace modules wherever they occur; one that occurs twice, twice by the same."""
+    news = {module: replacement(module) for module in model.modules()}
+    for module in news:
+        for name, child in module._modules.items():
+            if child is not None:
+                module._modules[name] = news[child]
+    return news[model]
+
+
+def _skipper(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool]:
+    if callable(skip):
+        return skip
+    if isinstance(skip, str):
+        raise TypeError(f"skip: expected a collection of names, got the string {skip!r}")
+    names = set(skip)
+    unknown = names - {name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    if unknown:
+        raise ValueError(f"skip: expected names of BatchNorm layers of the model, got {sorted(unknown)}")
+    return lambda name, module: name in names
