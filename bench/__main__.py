@@ -7,6 +7,7 @@ import sys
 
 BENCHMARKS = {
     "layer": "one BN layer: checked, then timed against a copy, NumPy and PyTorch",
+    "training": "a residual network trained by PyTorch, with full and with sampled statistics in turn",
     "kernels": "what every CUDA kernel needs of a GPU, compiled without one",
 }
 

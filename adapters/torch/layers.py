@@ -158,7 +158,7 @@ class SampledBatchNorm(_BatchNorm):
 
     def _move(self, mean: Tensor, var: Tensor) -> None:
         if self.momentum is None:  # mean and var are then this step's own
-            share = 1 / (self.num_batches_tracked + 1)
+            share = 1 / (self.num_batches_tracked + 1).to(torch.float64)
             self.running_mean.lerp_(mean, share.to(mean.dtype))
             self.running_var.lerp_(var, share.to(var.dtype))
         else:
