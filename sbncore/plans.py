@@ -218,6 +218,15 @@ class Plan:
             return self._effective_count
         return self.now()._effective_count
 
+    def count_beside(self, prior: Any, size: int) -> float:
+        """Return the statistics' count: with the prior's, and 0 of an array of no elements."""
+        if prior is None:
+            return self.effective_count if size else 0.0
+        inverse = self.prior**2 / prior.count
+        if size and self.prior < 1:
+            inverse += 1 / self.effective_count
+        return 1 / inverse if inverse else math.inf
+
     @cached_property
     def _effective_count(self) -> float:
         if self.apart:

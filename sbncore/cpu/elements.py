@@ -20,7 +20,6 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 FLOAT16, BFLOAT16 = types.int16, types.uint16
-COMPUTE = {np.dtype("f8"): np.float64, **dict.fromkeys(map(np.dtype, ("f4", "i2", "u2")), np.float32)}
 I16, I32, HALF, FLOAT = ir.IntType(16), ir.IntType(32), ir.HalfType(), ir.FloatType()
 
 
@@ -128,3 +127,13 @@ def zero(array):
 def _zero(array):
     constant = np.float64(0) if array.dtype == types.float64 else np.float32(0)
     return lambda array: constant
+
+
+def cast(array, value):
+    """A value in the type an array's elements are computed in."""
+
+
+@overload(cast, inline="always")
+def _cast(array, value):
+    kind = np.float64 if array.dtype == types.float64 else np.float32
+    return lambda array, value: kind(value)

@@ -1,4 +1,4 @@
-"""The CPU engine: geometry, and the order in which the kernels run."""
+"""The CPU engine: geometry, and the kernels with what is between them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sbncore.cpu import kernels, threads
-from sbncore.cpu.elements import COMPUTE
+from sbncore.cpu import channels, kernels, threads
 from sbncore.layout import Layout
 from sbncore.plans import Runs
 
@@ -20,68 +19,59 @@ TASK = 16384  # elements worth a task of their own
 TASKS = 64
 PARALLEL = 1 << 20  # elements worth waking the other threads: it takes 50 to 100 us
 
-
-class Coefficients(NamedTuple):
-    """``z = (x - shift) * scale + offset`` for each channel, in the type of the arithmetic."""
-
-    shift: np.ndarray
-    scale: np.ndarray
-    offset: np.ndarray
+Coefficients = tuple[np.ndarray, ...]  # shift, scale, offset: z = (x - shift) * scale + offset
 
 
-def compute_type(x: np.ndarray) -> Any:
-    """Return the type that elements of a storage type are computed in."""
-    return COMPUTE[x.dtype]
+class Work(NamedTuple):
+    """How one kernel's work over runs is cut into rows and tasks, by the shape alone."""
+
+    begin: np.ndarray
+    length: np.ndarray
+    weight: np.ndarray
+    tile: int
+    blocks: int
+    tasks: int
+    parallel: bool
+    sizes: tuple[Any, ...]  # the kernels' last arguments
+
+    def run(self, kernel: Any, *arguments: Any) -> None:
+        """Call a kernel over all tasks."""
+        threads.run(kernel, self.tasks, self.parallel, *arguments, *self.sizes)
 
 
-def coefficients(
-    mean: np.ndarray, rstd: np.ndarray, weight: np.ndarray | None, bias: np.ndarray | None, compute: Any
-) -> Coefficients:
-    """Return the coefficients of float64 statistics and parameters."""
-    shift = mean.astype(compute)
-    scale = rstd if weight is None else weight * rstd
-    offset = (shift - mean) * scale
-    if bias is not None:
-        offset = offset + bias
-    return Coefficients(shift, scale.astype(compute), offset.astype(compute))
+def work_at(layout: Layout, runs: Runs, masked: bool) -> Work:
+    """Return the work over runs of places; the mask's rows are bytes of their own, so are the loops' then."""
+    C, last = layout.C, layout.last
+    tile = 1 if masked or not last else max(1, TILE // C)
+    longest = max(PLACES, RUN // C) // tile * tile if last else ROW
+    begin, length, weight, places = channels.cut(*runs, last, longest)
+    elements = places * C
+    tasks = min(TASKS, max(1, elements // TASK))
+    blocks = max(1, min(len(begin), tasks))
+    channel_blocks = 1 if last else min(C, -(-tasks // blocks))
+    sizes = (last or None, C, layout.S, tile, blocks, channel_blocks)
+    return Work(
+        begin, length, weight, tile, blocks, blocks * channel_blocks, elements >= PARALLEL, sizes
+    )
 
 
-def moments(x: np.ndarray, layout: Layout, runs: Runs) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and var (C,) in float64 of the places in ``runs``, under their weights made to sum to 1."""
-    sixteenths = min(16, len(runs.begin))
-    nearby = np.arange(sixteenths) * (len(runs.begin) - 1) // max(1, sixteenths - 1)
-    places = runs.begin[nearby] + runs.length[nearby] // 2
-    shift = np.zeros(layout.C, compute_type(x))
-    kernels.shifts(shift, x, places, layout.last or None, layout.C, layout.S)
-    weighted = runs._replace(weight=runs.weight / np.dot(runs.weight, runs.length))
-    about = Coefficients(shift, shift, shift)  # without a dy only the shift is used
-    first, second = sums(None, None, None, x, None, about, False, layout, weighted)
-    return shift + first, np.maximum(second - first * first, 0)
+@lru_cache(maxsize=1024)
+def work_everywhere(layout: Layout, masked: bool) -> Work:
+    """Return the work over all places, each of weight 1."""
+    begin = np.arange(layout.N, dtype=np.int64) * layout.S
+    return work_at(layout, Runs(begin, np.full(layout.N, layout.S), np.ones(layout.N)), masked)
 
 
-def sums(
-    dx: np.ndarray | None,
-    dresidual: np.ndarray | None,
-    dy: np.ndarray | None,
-    x: np.ndarray,
-    mask: np.ndarray | None,
-    coefficients: Coefficients,
-    relu: bool,
-    layout: Layout,
-    runs: Runs | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the weighted sums of g and g * (x - shift), (C,) in float64; write dx and dresidual.
-
-    Without ``runs`` everywhere, and the sums are not weighted.
-    """
-    work = _Work(layout, runs, mask is not None) if runs else _work_everywhere(layout, mask is not None)
+def draw_moments(values: np.ndarray, x: np.ndarray, layout: Layout, runs: Runs, weigh: float) -> None:
+    """values[0], values[1] = mean and var of the places in ``runs``, whose weights sum to 1 / ``weigh``."""
+    work = work_at(layout, runs, masked=False)
+    shift = channels.shifts(x, work.begin, work.length, layout.last or None, layout.C, layout.S, work.tile)
     partial = np.zeros((2, work.blocks, layout.C))
-    threads.run(
-        kernels.sums, work.tasks, work.parallel, partial, dx, dresidual, dy, x, mask,
-        *work.tiled(coefficients), *work.runs, relu or None, *work.sizes,
+    work.run(
+        kernels.sums, partial, None, None, None, x, None, shift, shift, shift, work.begin, work.length,
+        work.weight * weigh, None,
     )  # fmt: skip
-    first, second = partial.sum(axis=1)
-    return first, second
+    channels.finish_moments(values, partial, shift)
 
 
 def normalize(
@@ -91,15 +81,32 @@ def normalize(
     residual: np.ndarray | None,
     coefficients: Coefficients,
     relu: bool,
-    layout: Layout,
+    work: Work,
 ) -> None:
     """Write y, and the mask's bits."""
-    work = _work_everywhere(layout, mask is not None)
-    begin, length, _ = work.runs
-    threads.run(
-        kernels.normalize, work.tasks, work.parallel, y, mask, x, residual,
-        *work.tiled(coefficients), begin, length, relu or None, *work.sizes,
+    work.run(
+        kernels.normalize, y, mask, x, residual, *coefficients, work.begin, work.length, relu or None
+    )
+
+
+def sums(
+    dx: np.ndarray | None,
+    dresidual: np.ndarray | None,
+    dy: np.ndarray,
+    x: np.ndarray,
+    mask: np.ndarray | None,
+    values: np.ndarray,
+    relu: bool,
+    work: Work,
+) -> np.ndarray:
+    """Return the blocks' weighted sums of g and g * (x - shift); write dx and dresidual."""
+    partial = np.zeros((2, work.blocks, values.shape[1]))
+    coefficients = channels.coefficients(values, x, work.tile)
+    work.run(
+        kernels.sums, partial, dx, dresidual, dy, x, mask, *coefficients, work.begin, work.length,
+        work.weight, relu or None,
     )  # fmt: skip
+    return partial
 
 
 def repair(
@@ -108,21 +115,17 @@ def repair(
     dy: np.ndarray,
     x: np.ndarray,
     mask: np.ndarray | None,
-    coefficients: Coefficients,
-    k0: np.ndarray,
-    k1: np.ndarray,
+    values: np.ndarray,
+    total: np.ndarray,
     relu: bool,
-    layout: Layout,
-    runs: Runs,
+    work: Work,
 ) -> None:
-    """Write dx (and dresidual) at the places of ``runs``, whose weights are p."""
-    work = _Work(layout, runs, mask is not None)
-    compute = coefficients.shift.dtype
-    begin, length, weight = work.runs
-    threads.run(
-        kernels.repair, work.tasks, work.parallel, dx, dresidual, dy, x, mask,
-        *work.tiled((*coefficients, k0.astype(compute), k1.astype(compute))),
-        begin, length, weight.astype(compute), relu or None, *work.sizes,
+    """Write dx (and dresidual) at the places of the work, of weights p, by total = dbias and dweight."""
+    coefficients = channels.coefficients(values, x, work.tile)
+    slopes = channels.slopes(total, values, x, work.tile)
+    work.run(
+        kernels.repair, dx, dresidual, dy, x, mask, *coefficients, *slopes, work.begin, work.length,
+        work.weight.astype(coefficients[0].dtype), relu or None,
     )  # fmt: skip
 
 
@@ -135,56 +138,3 @@ def mask_size(layout: Layout) -> int:
     """Return the bytes of one bit per element; every row begins with a byte of its own."""
     rows, row = (layout.N * layout.S, layout.C) if layout.last else (layout.N * layout.C, layout.S)
     return rows * ((row + 7) // 8)
-
-
-class _Work:
-    """How one kernel's work over ``runs`` is cut into rows and tasks, by the shape alone."""
-
-    def __init__(self, layout: Layout, runs: Runs, masked: bool) -> None:
-        C = layout.C
-        self.tile = 1 if masked or not layout.last else max(1, TILE // C)
-        longest = max(PLACES, RUN // C) // self.tile * self.tile if layout.last else ROW
-        self.runs = _split(_joined(runs) if layout.last else runs, longest)
-        self.elements = int(self.runs.length.sum()) * C
-        tasks = min(TASKS, max(1, self.elements // TASK))
-        self.blocks = max(1, min(len(self.runs.begin), tasks))
-        channel_blocks = 1 if layout.last else min(C, -(-tasks // self.blocks))
-        self.tasks = self.blocks * channel_blocks
-        self.sizes = (layout.last or None, C, layout.S, self.tile, self.blocks, channel_blocks)
-
-    @property
-    def parallel(self) -> bool:
-        return self.elements >= PARALLEL
-
-    def tiled(self, per_channel: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
-        if self.tile == 1:
-            return tuple(per_channel)
-        return tuple(np.tile(array, self.tile) for array in per_channel)
-
-
-@lru_cache(maxsize=1024)
-def _work_everywhere(layout: Layout, masked: bool) -> _Work:
-    """Return the work over all places, each of weight 1."""
-    begin = np.arange(layout.N, dtype=np.int64) * layout.S
-    return _Work(layout, Runs(begin, np.full(layout.N, layout.S, np.int64), np.ones(layout.N)), masked)
-
-
-def _joined(runs: Runs) -> Runs:
-    """Join runs that follow one another, across samples too: in channels-last they are one in memory."""
-    begin, length, weight = runs
-    if len(begin) < 2:
-        return runs
-    follows = (begin[1:] == begin[:-1] + length[:-1]) & (weight[1:] == weight[:-1])
-    heads = np.flatnonzero(np.concatenate([[True], ~follows]))
-    return Runs(begin[heads], np.add.reduceat(length, heads), weight[heads])
-
-
-def _split(runs: Runs, longest: int) -> Runs:
-    """Cut runs longer than ``longest``."""
-    pieces = -(-runs.length // longest)
-    if (pieces <= 1).all():
-        return runs
-    of = np.repeat(np.arange(len(pieces)), pieces)
-    offset = longest * (np.arange(len(of)) - np.repeat(np.cumsum(pieces) - pieces, pieces))
-    length = np.minimum(longest, runs.length[of] - offset)
-    return Runs(runs.begin[of] + offset, length, runs.weight[of])

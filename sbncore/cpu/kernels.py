@@ -233,16 +233,3 @@ def repair(
                         dx, dresidual, dy, x, mask, row * row_bits, row * C,
                         min(tile, length[r] - p) * C, shift, scale, offset, k0, k1, weight[r], relu,
                     )  # fmt: skip
-
-
-@jit()
-def shifts(shift, x, places, last, C, S):
-    """shift = mean of a few values of each channel, exactly their value where they are equal.
-
-    One value would do but for an outlier; the running form keeps a constant a constant.
-    """
-    for k in range(len(places)):
-        n, s = places[k] // S, places[k] % S
-        for c in range(C):
-            i = places[k] * C + c if last is not None else (n * C + c) * S + s
-            shift[c] += (load(x, i) - shift[c]) / (k + 1)

@@ -9,24 +9,23 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sbncore.arrays import borrow, narrow, widen
+from sbncore.arrays import PARAMETER, borrow, element_type, widen, writeable
 from sbncore.checks import Parameters, Running
-from sbncore.cpu import engine
+from sbncore.cpu import channels, engine
 from sbncore.layout import Layout
 from sbncore.plans import Plan
 from sbncore.saved import ROWS, Kept, Saved
-from sbncore.statistics import Given, Moments, merge_moments
+from sbncore.statistics import Given, Moments
 
-# What is not finite shows in the result, as in every framework; it is no warning.
-_quiet = np.errstate(all="ignore")
+_ABSENT = {kind: np.zeros(0, kind) for kind in ("float32", "float64")}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class State:
     """What forward leaves for backward."""
 
     plan: Plan  # as drawn
-    values: np.ndarray  # (6, C) float64: mean, var, rstd, shift, scale, offset
+    values: np.ndarray  # (ROWS, C) float64
     mask: np.ndarray | None
     count: float
 
@@ -40,20 +39,12 @@ def restored(x: np.ndarray, layout: Layout, plan: Plan, kept: Kept) -> State:
     return State(plan.now(), kept.values, kept.mask, plan.effective_count)
 
 
-@_quiet
 def moments(x: np.ndarray, layout: Layout, plan: Plan, prior: Given | None) -> Moments:
     """Return the moments of the places drawn, mixed with the prior."""
-    plan = plan.now()
-    given = None if prior is None else _widened(prior)
-    if plan.prior == 1 and given is not None:
-        return given
-    if not x.size:
-        return np.zeros(layout.C), np.zeros(layout.C), 0.0
-    mean, var = engine.moments(x, layout, plan.runs)
-    if given is None:
-        return mean, var, plan.effective_count
-    alone = plan.effective_count * (1 - plan.prior) ** 2
-    return merge_moments([(mean, var, alone), given], (1 - plan.prior, plan.prior))
+    plan, values = plan.now(), np.empty((ROWS, layout.C))
+    count = plan.count_beside(prior, x.size)
+    _finish_forward(values, x, layout, plan, prior, Parameters(x, layout), 1.0, None, count, 1)
+    return values[0], values[1], count
 
 
 def forward(
@@ -70,25 +61,24 @@ def forward(
 ) -> State:
     """Write y and move the running statistics; where backward needs them, keep the bits of y > 0."""
     plan = plan.now()
-    statistics = moments(x, layout, plan, prior)
     values = np.empty((ROWS, layout.C)) if kept is None else kept.values
     mask = None
     if relu and given.residual is not None:
         mask = engine.mask_for(layout) if kept is None else kept.mask
-    _normalize(y, x, layout, statistics, given, eps, relu, values, mask)
-    if running is not None and x.size:
-        _move(running, statistics)
-    return State(plan, values, mask, statistics[2])
+    count = plan.count_beside(prior, x.size)
+    running = running if x.size else None  # an empty batch moves nothing
+    _normalize(y, x, layout, plan, prior, given, eps, relu, values, mask, running, count)
+    return State(plan, values, mask, count)
 
 
 def normalize(
     y: np.ndarray, x: np.ndarray, layout: Layout, by: Given, given: Parameters, eps: float, relu: bool
 ) -> None:
     """Write y, normalized by given statistics."""
-    _normalize(y, x, layout, _widened(by), given, eps, relu, np.empty((ROWS, layout.C)), None)
+    plan, values = Plan((layout.N, *layout.spatial), (), 1.0), np.empty((ROWS, layout.C))
+    _normalize(y, x, layout, plan, by, given, eps, relu, values, None, None, 0.0)
 
 
-@_quiet
 def backward(
     dx: np.ndarray | None, dresidual: np.ndarray | None, dy: np.ndarray, saved: Saved, gradient: str
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -97,107 +87,102 @@ def backward(
     The exact gradient is one pass over dy and x and a repair of the places drawn; where all are drawn, the
     sums come first and the "repair" is the pass that writes.
     """
-    dweight, dbias = _differentiate(dx, dresidual, dy, saved, gradient)
-    parameters = (saved.weight, saved.bias)
-    dw, db = (
-        None if parameter is None else narrow(values, borrow(parameter, "parameter").dtype)
-        for values, parameter in zip((dweight, dbias), parameters, strict=True)
+    x, layout, relu, state = saved.x, saved.layout, saved.relu, saved.state
+    dweight, dbias = (
+        _absent(x) if p is None else np.zeros(layout.C, borrow(p, "parameter").dtype)
+        for p in (saved.weight, saved.bias)
     )
-    return dw, db
+    if x.size:
+        plan, inputs = state.plan, (dy, x, state.mask, state.values)
+        everywhere = engine.work_everywhere(layout, state.mask is not None)
+        through = gradient != "detached" and plan.parts != ()  # the gradient flows through the statistics
+        places = engine.work_at(layout, plan.runs, state.mask is not None) if through else everywhere
+        dense = through and plan.full and dx is not None  # the repair writes everything
+        written = (None, None) if dense else (dx, dresidual)
+        if through and gradient == "sampled":
+            weight = places.weight * (layout.N * layout.S / (1 - plan.prior))
+            sums = engine.sums(None, None, *inputs, relu, places._replace(weight=weight))
+            if any(array is not None for array in written):
+                engine.sums(*written, *inputs, relu, everywhere)
+        else:
+            sums = engine.sums(*written, *inputs, relu, everywhere)
+        total = channels.finish_backward(sums, state.values, dweight, dbias)
+        if through and dx is not None:
+            engine.repair(dx, dresidual if dense else None, *inputs, total, relu, places)
+    return None if saved.weight is None else dweight, None if saved.bias is None else dbias
 
 
-@_quiet
 def repair(
     dx: np.ndarray, dy: np.ndarray, saved: Saved, dweight: np.ndarray, dbias: np.ndarray
 ) -> None:
     """Write dx at the places drawn, from the given sums of g and g * xhat over everything."""
-    if saved.x.size and saved.state.plan.parts:
-        c = _coefficients(saved)
-        _repair(dx, None, dy, saved, c, widen(dweight), widen(dbias))
+    state = saved.state
+    if saved.x.size and state.plan.parts:
+        work = engine.work_at(saved.layout, state.plan.runs, state.mask is not None)
+        total = np.stack([widen(dbias), widen(dweight)])
+        engine.repair(dx, None, dy, saved.x, state.mask, state.values, total, saved.relu, work)
 
 
-@_quiet
 def _normalize(
     y: np.ndarray,
     x: np.ndarray,
     layout: Layout,
-    statistics: Moments,
+    plan: Plan,
+    prior: Given | None,
     given: Parameters,
     eps: float,
     relu: bool,
     values: np.ndarray,
     mask: np.ndarray | None,
+    running: Running | None,
+    count: float,
 ) -> None:
-    mean, var, _ = statistics
-    rstd = 1 / np.sqrt(var + eps)  # infinite where a given variance and eps are 0
-    weight, bias = (None if p is None else widen(p) for p in (given.weight, given.bias))
-    coefficients = engine.coefficients(mean, rstd, weight, bias, engine.compute_type(x))
-    for row, value in zip(values, (mean, var, rstd, *coefficients), strict=True):
-        row[...] = value
+    work = engine.work_everywhere(layout, mask is not None)
+    coefficients = _finish_forward(
+        values, x, layout, plan, prior, given, eps, running, count, work.tile
+    )
     if x.size:
         residual = None if given.residual is None else layout.flatten(given.residual)
-        engine.normalize(y, mask, x, residual, coefficients, relu, layout)
+        engine.normalize(y, mask, x, residual, coefficients, relu, work)
 
 
-@_quiet
-def _move(running: Running, statistics: Moments) -> None:
-    mean, var, count = statistics
-    if count > 1:
-        var = var * (1 / (1 - 1 / count))
-    kept = np.isfinite(mean) & np.isfinite(var) if running.skip_nonfinite else np.ones(mean.shape, bool)
-    for array, value in ((running.mean, mean), (running.var, var)):
-        before = widen(array)
-        after = narrow(before + running.factor * (value - before), array.dtype)
-        array[...] = np.where(kept, after, array)
-
-
-def _differentiate(
-    dx: np.ndarray | None, dresidual: np.ndarray | None, dy: np.ndarray, saved: Saved, gradient: str
-) -> tuple[np.ndarray, np.ndarray]:
-    if not saved.x.size:
-        return np.zeros(saved.layout.C), np.zeros(saved.layout.C)
-    x, layout, relu, state = saved.x, saved.layout, saved.relu, saved.state
-    plan, mask = state.plan, state.mask
-    c = _coefficients(saved)
-    places = plan.runs
-    through = gradient != "detached" and len(places.begin) > 0  # the gradient flows through the statistics
-    dense = through and plan.full and dx is not None  # the repair writes everything
-    written = (None, None) if dense else (dx, dresidual)
-    if gradient == "sampled" and through:
-        scaled = places._replace(weight=places.weight * (layout.N * layout.S / (1 - plan.prior)))
-        dbias, second = engine.sums(None, None, dy, x, mask, c, relu, layout, scaled)
-        if any(array is not None for array in written):
-            engine.sums(*written, dy, x, mask, c, relu, layout)
+def _finish_forward(
+    values: np.ndarray,
+    x: np.ndarray,
+    layout: Layout,
+    plan: Plan,
+    prior: Given | None,
+    given: Parameters,
+    eps: float,
+    running: Running | None,
+    count: float,
+    tile: int,
+) -> engine.Coefficients:
+    if plan.prior == 1 or not x.size:
+        values[:2] = 0
     else:
-        dbias, second = engine.sums(*written, dy, x, mask, c, relu, layout)
-    mean, _, rstd = state.values[:3]
-    dweight = (second - (mean - c.shift) * dbias) * rstd
-    if through and dx is not None:
-        _repair(dx, dresidual if dense else None, dy, saved, c, dweight, dbias)
-    return dweight, dbias
-
-
-def _coefficients(saved: Saved) -> engine.Coefficients:
-    return engine.Coefficients(*saved.state.values[3:].astype(engine.compute_type(saved.x)))
-
-
-def _repair(
-    dx: np.ndarray,
-    dresidual: np.ndarray | None,
-    dy: np.ndarray,
-    saved: Saved,
-    c: engine.Coefficients,
-    dweight: np.ndarray,
-    dbias: np.ndarray,
-) -> None:
-    state = saved.state
-    mean, _, rstd = state.values[:3]
-    k1 = c.scale * rstd * dweight
-    k0 = c.scale * dbias - k1 * (mean - c.shift)
-    engine.repair(
-        dx, dresidual, dy, saved.x, state.mask, c, k0, k1, saved.relu, saved.layout, state.plan.runs
+        engine.draw_moments(values, x, layout, plan.runs, 1 / (1 - plan.prior))
+    absent = _absent(x)
+    weight, bias = (absent if p is None else _dense(p) for p in (given.weight, given.bias))
+    before = (absent, absent) if prior is None else (_dense(prior.mean), _dense(prior.var))
+    after, moved = (absent, absent), (0.0, 1.0, False)
+    if running is not None:
+        after = running.mean, running.var
+        unbiased = 1 / (1 - 1 / count) if count > 1 else 1.0
+        moved = running.factor, unbiased, running.skip_nonfinite
+    dense = tuple(array if array.flags.c_contiguous else array.copy() for array in after)
+    coefficients: engine.Coefficients = channels.finish_forward(
+        values, x, weight, bias, *before, plan.prior, eps, *dense, *moved, tile
     )
+    for array, copy in zip(after, dense, strict=True):
+        if array is not copy:
+            array[...] = copy
+    return coefficients
 
 
-def _widened(given: Given) -> Moments:
-    return widen(given.mean), widen(given.var), given.count
+def _absent(x: np.ndarray) -> np.ndarray:
+    return _ABSENT[PARAMETER[element_type(x)]]
+
+
+def _dense(array: np.ndarray) -> np.ndarray:
+    return writeable(array if array.flags.c_contiguous else array.copy())

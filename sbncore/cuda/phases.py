@@ -119,7 +119,7 @@ def moments(x: Any, layout: Layout, plan: Plan, prior: Given | None) -> Moments:
         _launch_forward(work, pointers, draws, prior, given, 1.0, None, "false,false", write=False)
     else:
         _of_nothing(values, plan, prior)
-    return values[0], values[1], _count(plan, prior, x.size)
+    return values[0], values[1], plan.count_beside(prior, x.size)
 
 
 def forward(
@@ -139,7 +139,7 @@ def forward(
     device = device_of(x)
     kept = kept or Kept(device.empty((ROWS, layout.C), "float64"), None)
     values = kept.values
-    state = State(values, _count(plan, prior, x.size), Draws(device, plan, layout.S, kept.step))
+    state = State(values, plan.count_beside(prior, x.size), Draws(device, plan, layout.S, kept.step))
     if not x.size:
         _of_nothing(values, plan, prior)
         return state
@@ -395,13 +395,6 @@ def _check(plan: Plan) -> None:
         raise ValueError(f"plan: expected at most {call.PARTS} parts on a GPU, got {len(plan.parts)}")
     if not plan.apart and plan.step is not None:
         raise ValueError("plan: expected parts that share no samples where an array holds the step")
-
-
-def _count(plan: Plan, prior: Given | None, size: int) -> float:
-    if prior is None:
-        return plan.effective_count if size else 0.0
-    inverse = plan.prior**2 / prior.count + (1 / plan.effective_count if size and plan.prior < 1 else 0.0)
-    return 1 / inverse if inverse else float("inf")
 
 
 def _at(array: Any) -> int:
