@@ -15,10 +15,13 @@ from torch import Tensor
 
 import sbncore as sbn
 from sbncore import functional
+from sbncore.adapters.torch import quick
 from sbncore.adapters.torch.exchange import engine_stream, layout_of, memory_of
 from sbncore.arrays import borrow
 from sbncore.checks import Running
 from sbncore.saved import ROWS, Kept, Saved
+
+PLAIN = (Tensor, torch.nn.Parameter)
 
 _library = torch.library.Library("sbncore", "DEF")
 _samplers: dict[str, sbn.Sampler] = {}
@@ -111,6 +114,16 @@ def _forward(
     running_mean: Tensor | None, running_var: Tensor | None, step: Tensor, sampler: str, seed: int,
     layer: int, momentum: float, eps: float, relu: bool, skip_nonfinite: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    if x.device.type == "cpu":
+        shape = quick.shape_of(x)
+        call = quick.call_for(shape, _samplers[sampler], relu and residual is not None)
+        vectors = weight, bias, running_mean, running_var
+        if call and call.takes(*vectors) and (residual is None or quick.shape_of(residual) == shape):
+            draw = seed, layer, int(step)
+            return call.forward(
+                x, weight, bias, residual, running_mean, running_var, draw, momentum, eps, relu,
+                skip_nonfinite,
+            )  # fmt: skip
     y, state, mask, mean, var = results = outputs(x, residual, relu, (running_mean, running_var))
     with engine_stream(x), torchs_errors:
         plan = plan_of(x, (sampler, seed, layer), step)
@@ -150,6 +163,11 @@ def _backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, state: Tensor, mask: Tensor,
     sampler: str, seed: int, layer: int, relu: bool, gradient: str, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    if x.device.type == "cpu":
+        shape = quick.shape_of(x)
+        call = quick.call_for(shape, _samplers[sampler], mask.numel() > 0)
+        if call and call.takes(weight, bias) and quick.shape_of(dy) == shape:
+            return call.backward(dy, x, weight, bias, state, mask, seed, layer, relu, gradient, needs)
     wanted = [name for name, needed in zip(GRADIENTS, needs, strict=True) if needed]
     with engine_stream(x):
         draw = sampler, seed, layer
@@ -189,5 +207,25 @@ for name, real, fake in (("forward", _forward, _fake_forward), ("backward", _bac
         _library.impl(name, real, key)
     torch.library.register_fake(f"sbncore::{name}", fake, lib=_library)
 
-forward = torch.ops.sbncore.forward.default
-backward = torch.ops.sbncore.backward.default
+FORWARD = torch.ops.sbncore.forward.default
+BACKWARD = torch.ops.sbncore.backward.default
+
+
+def forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Call the operator; by torch's dispatcher where anybody there looks on."""
+    return _forward(x, *arguments) if _unseen(x) else FORWARD(x, *arguments)
+
+
+def backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `forward`."""
+    return _backward(dy, *arguments) if _unseen(dy) else BACKWARD(dy, *arguments)
+
+
+def _unseen(tensor: Tensor) -> bool:
+    return (
+        not torch.compiler.is_compiling()
+        and type(tensor) in PLAIN
+        and (tensor.is_cpu or tensor.is_cuda)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch.autograd._profiler_enabled()
+    )

@@ -62,11 +62,11 @@ def work_everywhere(layout: Layout, masked: bool) -> Work:
     return work_at(layout, Runs(begin, np.full(layout.N, layout.S), np.ones(layout.N)), masked)
 
 
-def draw_moments(values: np.ndarray, x: np.ndarray, layout: Layout, runs: Runs, weigh: float) -> None:
-    """values[0], values[1] = mean and var of the places in ``runs``, whose weights sum to 1 / ``weigh``."""
-    work = work_at(layout, runs, masked=False)
-    shift = channels.shifts(x, work.begin, work.length, layout.last or None, layout.C, layout.S, work.tile)
-    partial = np.zeros((2, work.blocks, layout.C))
+def draw_moments(values: np.ndarray, x: np.ndarray, work: Work, weigh: float) -> None:
+    """values[0], values[1] = mean and var of the work's places, whose weights sum to 1 / ``weigh``."""
+    last, C, S, tile = work.sizes[:4]
+    shift = channels.shifts(x, work.begin, work.length, last, C, S, tile)
+    partial = np.zeros((2, work.blocks, C))
     work.run(
         kernels.sums, partial, None, None, None, x, None, shift, shift, shift, work.begin, work.length,
         work.weight * weigh, None,

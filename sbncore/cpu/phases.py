@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -43,7 +44,13 @@ def moments(x: np.ndarray, layout: Layout, plan: Plan, prior: Given | None) -> M
     """Return the moments of the places drawn, mixed with the prior."""
     plan, values = plan.now(), np.empty((ROWS, layout.C))
     count = plan.count_beside(prior, x.size)
-    _finish_forward(values, x, layout, plan, prior, Parameters(x, layout), 1.0, None, count, 1)
+    if plan.prior < 1 and x.size:
+        places = engine.work_at(layout, plan.runs, masked=False)
+        engine.draw_moments(values, x, places, 1 / (1 - plan.prior))
+    else:
+        values[:2] = 0
+    parameters, _ = _parameters(x, plan, prior, Parameters(x, layout), 1.0, None, count)
+    channels.finish_forward(values, x, *parameters, 1)
     return values[0], values[1], count
 
 
@@ -87,28 +94,21 @@ def backward(
     The exact gradient is one pass over dy and x and a repair of the places drawn; where all are drawn, the
     sums come first and the "repair" is the pass that writes.
     """
-    x, layout, relu, state = saved.x, saved.layout, saved.relu, saved.state
+    x, layout, state = saved.x, saved.layout, saved.state
     dweight, dbias = (
         _absent(x) if p is None else np.zeros(layout.C, borrow(p, "parameter").dtype)
         for p in (saved.weight, saved.bias)
     )
     if x.size:
-        plan, inputs = state.plan, (dy, x, state.mask, state.values)
-        everywhere = engine.work_everywhere(layout, state.mask is not None)
-        through = gradient != "detached" and plan.parts != ()  # the gradient flows through the statistics
-        places = engine.work_at(layout, plan.runs, state.mask is not None) if through else everywhere
-        dense = through and plan.full and dx is not None  # the repair writes everything
-        written = (None, None) if dense else (dx, dresidual)
-        if through and gradient == "sampled":
-            weight = places.weight * (layout.N * layout.S / (1 - plan.prior))
-            sums = engine.sums(None, None, *inputs, relu, places._replace(weight=weight))
-            if any(array is not None for array in written):
-                engine.sums(*written, *inputs, relu, everywhere)
-        else:
-            sums = engine.sums(*written, *inputs, relu, everywhere)
-        total = channels.finish_backward(sums, state.values, dweight, dbias)
-        if through and dx is not None:
-            engine.repair(dx, dresidual if dense else None, *inputs, total, relu, places)
+        plan, masked = state.plan, state.mask is not None
+        places = scale = None
+        if gradient != "detached" and plan.parts:  # it flows through the statistics
+            places = engine.work_at(layout, plan.runs, masked)
+            scale = layout.N * layout.S / (1 - plan.prior) if gradient == "sampled" else None
+        run_backward(
+            dx, dresidual, dy, x, state.mask, state.values, dweight, dbias, saved.relu,
+            engine.work_everywhere(layout, masked), places, plan.full, scale,
+        )  # fmt: skip
     return None if saved.weight is None else dweight, None if saved.bias is None else dbias
 
 
@@ -121,6 +121,64 @@ def repair(
         work = engine.work_at(saved.layout, state.plan.runs, state.mask is not None)
         total = np.stack([widen(dbias), widen(dweight)])
         engine.repair(dx, None, dy, saved.x, state.mask, state.values, total, saved.relu, work)
+
+
+def run_forward(
+    y: np.ndarray,
+    x: np.ndarray,
+    residual: np.ndarray | None,
+    values: np.ndarray,
+    mask: np.ndarray | None,
+    parameters: tuple[Any, ...],
+    relu: bool,
+    everywhere: engine.Work,
+    places: engine.Work | None,
+    weigh: float,
+) -> None:
+    """Write y, values and the mask, of memory flat and ``parameters`` in the order of finish_forward's.
+
+    ``places`` are those drawn, of weights that sum to 1 / ``weigh``; None where the statistics are given.
+    """
+    if places is None:
+        values[:2] = 0
+    else:
+        engine.draw_moments(values, x, places, weigh)
+    coefficients = channels.finish_forward(values, x, *parameters, everywhere.tile)
+    engine.normalize(y, mask, x, residual, coefficients, relu, everywhere)
+
+
+def run_backward(
+    dx: np.ndarray | None,
+    dresidual: np.ndarray | None,
+    dy: np.ndarray,
+    x: np.ndarray,
+    mask: np.ndarray | None,
+    values: np.ndarray,
+    dweight: np.ndarray,
+    dbias: np.ndarray,
+    relu: bool,
+    everywhere: engine.Work,
+    places: engine.Work | None,
+    full: bool,
+    scale: float | None,
+) -> None:
+    """Write dx, dresidual, dweight and dbias.
+
+    ``places`` are those drawn, ``full`` where all are; None where no gradient flows through the statistics.
+    ``scale``: for sums estimated from these places, by how much; None for sums of all.
+    """
+    inputs: tuple[Any, Any, Any, Any] = dy, x, mask, values
+    dense = places is not None and full and dx is not None  # the repair writes everything
+    written = (None, None) if dense else (dx, dresidual)
+    if places is not None and scale is not None:
+        sums = engine.sums(None, None, *inputs, relu, places._replace(weight=places.weight * scale))
+        if any(array is not None for array in written):
+            engine.sums(*written, *inputs, relu, everywhere)
+    else:
+        sums = engine.sums(*written, *inputs, relu, everywhere)
+    total = channels.finish_backward(sums, values, dweight, dbias)
+    if places is not None and dx is not None:
+        engine.repair(dx, dresidual if dense else None, *inputs, total, relu, places)
 
 
 def _normalize(
@@ -137,31 +195,26 @@ def _normalize(
     running: Running | None,
     count: float,
 ) -> None:
-    work = engine.work_everywhere(layout, mask is not None)
-    coefficients = _finish_forward(
-        values, x, layout, plan, prior, given, eps, running, count, work.tile
-    )
-    if x.size:
-        residual = None if given.residual is None else layout.flatten(given.residual)
-        engine.normalize(y, mask, x, residual, coefficients, relu, work)
+    places = engine.work_at(layout, plan.runs, masked=False) if plan.prior < 1 and x.size else None
+    parameters, copies = _parameters(x, plan, prior, given, eps, running, count)
+    weigh = 1 / (1 - plan.prior) if places is not None else 0.0
+    residual = None if given.residual is None else layout.flatten(given.residual)
+    everywhere = engine.work_everywhere(layout, mask is not None)
+    run_forward(y, x, residual, values, mask, parameters, relu, everywhere, places, weigh)
+    for array, copy in copies:
+        array[...] = copy
 
 
-def _finish_forward(
-    values: np.ndarray,
+def _parameters(
     x: np.ndarray,
-    layout: Layout,
     plan: Plan,
     prior: Given | None,
     given: Parameters,
     eps: float,
     running: Running | None,
     count: float,
-    tile: int,
-) -> engine.Coefficients:
-    if plan.prior == 1 or not x.size:
-        values[:2] = 0
-    else:
-        engine.draw_moments(values, x, layout, plan.runs, 1 / (1 - plan.prior))
+) -> tuple[tuple[Any, ...], list[tuple[np.ndarray, np.ndarray]]]:
+    """The arguments of finish_forward, dense; what is to be copied back after it."""
     absent = _absent(x)
     weight, bias = (absent if p is None else _dense(p) for p in (given.weight, given.bias))
     before = (absent, absent) if prior is None else (_dense(prior.mean), _dense(prior.var))
@@ -171,13 +224,8 @@ def _finish_forward(
         unbiased = 1 / (1 - 1 / count) if count > 1 else 1.0
         moved = running.factor, unbiased, running.skip_nonfinite
     dense = tuple(array if array.flags.c_contiguous else array.copy() for array in after)
-    coefficients: engine.Coefficients = channels.finish_forward(
-        values, x, weight, bias, *before, plan.prior, eps, *dense, *moved, tile
-    )
-    for array, copy in zip(after, dense, strict=True):
-        if array is not copy:
-            array[...] = copy
-    return coefficients
+    copies = [(array, copy) for array, copy in zip(after, dense, strict=True) if array is not copy]
+    return (weight, bias, *before, plan.prior, eps, *dense, *moved), copies
 
 
 def _absent(x: np.ndarray) -> np.ndarray:

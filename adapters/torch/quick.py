@@ -1,0 +1,163 @@
+"""The shorter way of a call on the CPU: what shape, sampler and options decide is worked out once.
+
+For dense tensors and samplers that draw runs or whole samples; the long way (`sbncore.functional`) checks
+everything at every call, takes whatever else there is, and gives the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import sbncore as sbn
+from sbncore.adapters.torch.exchange import layout_of
+from sbncore.cpu import draws, engine, phases
+from sbncore.layout import Layout
+from sbncore.plans import MapPlaces, Plan, Runs, WholeSamples
+from sbncore.saved import ROWS
+
+BITS = {torch.float16: np.int16, torch.bfloat16: np.uint16}
+Draw = Callable[[int, int, int], Runs]
+
+
+class Call:
+    """Forward and backward for tensors of one shape, memory format and dtype, and one sampler."""
+
+    def __init__(self, layout: Layout, dtype: torch.dtype, plan: Plan, masked: bool) -> None:
+        self.layout, self.dtype, self.plan = layout, dtype, plan
+        self.full, self.channels = plan.full, (layout.C,)
+        self.everywhere = engine.work_everywhere(layout, masked)
+        self.masked, self.mask_size = masked, engine.mask_size(layout) if masked else 0
+        self.parameter = torch.float64 if dtype == torch.float64 else torch.float32
+        self.absent = np.zeros(0, np.float64 if dtype == torch.float64 else np.float32)
+        count = plan.effective_count
+        self.unbiased = 1 / (1 - 1 / count) if count > 1 else 1.0
+        self.weigh = 1 / (1 - plan.prior)
+        self.draw: Draw = draw_of(plan)
+        self.always = None
+        if self.full:
+            self.always = [engine.work_at(layout, plan.runs, each) for each in (False, True)]
+
+    def places(self, seed: int, layer: int, step: int, masked: bool) -> engine.Work:
+        """Return the work at the places drawn."""
+        if self.always is not None:
+            return self.always[masked]
+        return engine.work_at(self.layout, self.draw(seed, layer, step), masked)
+
+    def flat(self, tensor: Tensor) -> np.ndarray:
+        """Return the memory of a tensor of this shape and format, as the engine takes it."""
+        bits = BITS.get(self.dtype)
+        if bits is not None:
+            tensor = tensor.view(torch.int16)
+        if self.layout.last:
+            tensor = tensor.movedim(1, -1)
+        flat: np.ndarray = tensor.detach().numpy().reshape(-1)
+        return flat if bits is None else flat.view(bits)
+
+    def vector(self, tensor: Tensor | None) -> np.ndarray:
+        """Return the memory of a parameter, which `takes` has seen."""
+        return self.absent if tensor is None else tensor.detach().numpy()
+
+    def takes(self, *tensors: Tensor | None) -> bool:
+        """Whether these are vectors that need no check: dense, of C values, in the parameters' dtype."""
+        for t in tensors:
+            if t is None:
+                continue
+            if t.dtype is not self.parameter or t.shape != self.channels or not t.is_cpu:
+                return False
+            if not t.is_contiguous():
+                return False
+        return True
+
+    def forward(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
+        running_mean: Tensor | None, running_var: Tensor | None, draw: tuple[int, int, int], momentum: float,
+        eps: float, relu: bool, skip_nonfinite: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        """The operator's results."""
+        C, prior = self.layout.C, self.plan.prior
+        y, state = torch.empty_like(x), torch.empty(ROWS * C + 1, dtype=torch.float64)
+        mask = torch.empty(self.mask_size, dtype=torch.uint8)
+        mean, var = (torch.empty(0) if r is None else r.clone() for r in (running_mean, running_var))
+        kept = state.numpy()
+        kept[-1:].view(np.int64)[0] = draw[2]
+        before = after = (self.absent, self.absent)
+        if running_mean is not None:
+            after = mean.numpy(), var.numpy()
+            if prior > 0:
+                before = self.vector(running_mean), self.vector(running_var)
+        parameters = (
+            self.vector(weight), self.vector(bias), *before, prior, eps, *after, momentum, self.unbiased,
+            skip_nonfinite,
+        )  # fmt: skip
+        phases.run_forward(
+            self.flat(y), self.flat(x), None if residual is None else self.flat(residual),
+            kept[:-1].reshape(ROWS, C), mask.numpy() if self.masked else None, parameters, relu,
+            self.everywhere, self.places(*draw, False), self.weigh,
+        )  # fmt: skip
+        return y, state, mask, mean, var
+
+    def backward(
+        self, dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, state: Tensor, mask: Tensor,
+        seed: int, layer: int, relu: bool, gradient: str, needs: list[bool],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        """The operator's results."""
+        C, kept = self.layout.C, state.numpy()
+        dx, dresidual = (torch.empty_like(x) if needed else None for needed in (needs[0], needs[3]))
+        dweight, dbias = (
+            torch.empty(C if needed else 0, dtype=self.parameter) for needed in needs[1:3]
+        )
+        places = scale = None
+        if gradient != "detached":
+            places = self.places(seed, layer, int(kept[-1:].view(np.int64)[0]), self.masked)
+            scale = x.numel() / C * self.weigh if gradient == "sampled" else None
+        phases.run_backward(
+            None if dx is None else self.flat(dx), None if dresidual is None else self.flat(dresidual),
+            self.flat(dy), self.flat(x), mask.numpy() if self.masked else None, kept[:-1].reshape(ROWS, C),
+            dweight.numpy(), dbias.numpy(), relu, self.everywhere, places, self.full, scale,
+        )  # fmt: skip
+        nothing = torch.empty(0, dtype=self.dtype)
+        return nothing if dx is None else dx, dweight, dbias, nothing if dresidual is None else dresidual
+
+
+def draw_of(plan: Plan) -> Draw:
+    """Return what draws such a plan's runs from (seed, layer, step)."""
+    (part,), S = plan.parts, plan.S
+    weight = part.weight / part.count
+    if isinstance(part, WholeSamples):
+        recipe: tuple[Any, ...] = (part.first, part.rows, part.samples, part.stride, S, weight)
+        return lambda *draw: Runs(*draws.whole_samples(*draw, *recipe))
+    assert isinstance(part, MapPlaces)
+    recipe = (part.first, part.rows, part.positions, part.align, part.common, S, weight)
+    return lambda *draw: Runs(*draws.run_places(*draw, *recipe))
+
+
+@lru_cache(maxsize=1024)
+def call_for(x: Shape, sampler: sbn.Sampler, masked: bool) -> Call | None:
+    """Return the call for such a tensor, or None where the long way must be taken."""
+    shape, strides, dtype = x
+    like = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+    if like.numel() == 0 or not torch.empty_like(like).stride() == strides:
+        return None
+    layout, plan = layout_of(like), sampler.plan(shape)
+    dense = like.movedim(1, -1) if layout.last else like
+    if not dense.is_contiguous() or len(plan.parts) != 1:
+        return None
+    part = plan.parts[0]
+    simple = (isinstance(part, WholeSamples) and part.stride) or (
+        isinstance(part, MapPlaces) and part.length >= part.positions
+    )
+    return Call(layout, dtype, plan, masked) if simple else None
+
+
+Shape = tuple[torch.Size, tuple[int, ...], torch.dtype]
+
+
+def shape_of(x: Tensor) -> Shape:
+    """Return what `call_for` knows tensors by."""
+    return x.shape, x.stride(), x.dtype

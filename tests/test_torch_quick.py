@@ -1,0 +1,83 @@
+"""The shorter way of a call on the CPU gives the long way's bits, and is taken where it should be."""
+
+import pytest
+from conftest import TOLERANCE
+from product import SAMPLERS
+
+torch = pytest.importorskip("torch")
+
+import sbncore as sbn  # noqa: E402
+from sbncore.adapters.torch import SampledBatchNorm2d, quick  # noqa: E402
+from sbncore.cpu import draws  # noqa: E402
+from sbncore.hashing import stream_key  # noqa: E402
+
+QUICK = {"full", "run", "samples", "strided"}
+
+
+def everything(sampler, dtype, last, relu, add, gradient, monkeypatch, long):
+    """Three steps' results, of a layer that goes the long way or its own."""
+    torch.manual_seed(0)
+    parameter = torch.float64 if dtype == "float64" else torch.float32
+    layer = SampledBatchNorm2d(
+        5, sampler=sampler, gradient=gradient, activation="relu" if relu else None, seed=-3, layer=2**63,
+        dtype=parameter, skip_nonfinite=True,
+    )  # fmt: skip
+    results = []
+    with monkeypatch.context() as patched:
+        taken = []
+        forward = quick.Call.forward
+        patched.setattr(quick.Call, "forward", lambda *a: taken.append(1) or forward(*a))
+        if long:
+            patched.setattr(quick, "call_for", lambda *arguments: None)
+        for _ in range(3):
+            x, residual, dy = torch.randn(3, 8, 5, 6, 7).to(getattr(torch, dtype))
+            if last:
+                x, residual, dy = (a.to(memory_format=torch.channels_last) for a in (x, residual, dy))
+            leaves = [x.requires_grad_(), *([residual.requires_grad_()] if add else [])]
+            layer.zero_grad()
+            y = layer(*leaves)
+            y.backward(dy)
+            results += [y.detach(), *(a.grad for a in leaves), layer.weight.grad, layer.bias.grad]
+            results += [b.clone() for b in layer.buffers()]
+    return results, bool(taken)
+
+
+@pytest.mark.parametrize("name", [*SAMPLERS, "prior"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_both_ways_give_the_same_bits(name, dtype, monkeypatch):
+    sampler = sbn.Prior(0.25, sbn.FeatureSampling(1 / 4)) if name == "prior" else SAMPLERS[name]
+    cases = [(False, False, False), (True, True, False), (False, True, True), (True, True, True)]
+    for (last, relu, add), gradient in zip(cases, ("exact", "detached", "exact", "sampled"), strict=True):
+        if gradient == "sampled" and sampler.virtual:
+            gradient = "exact"
+        options = (sampler, dtype, last, relu, add, gradient, monkeypatch)
+        (short, taken), (long, never) = everything(*options, long=False), everything(*options, long=True)
+        assert taken == (name in QUICK or name == "prior") and not never
+        for a, b in zip(short, long, strict=True):
+            assert a.dtype == b.dtype and a.stride() == b.stride() and torch.equal(a, b)
+
+
+def test_compiled_draws_are_the_plans():
+    for shape in [(16, 3, 7, 7), (5, 3, 9, 11), (6, 3)]:
+        for step in range(20):
+            draw = (-3, 2**62, step)
+            for sampler in (
+                sbn.FeatureSampling(1 / 8), sbn.FeatureSampling(1 / 3, "rows", "common"), sbn.Full(),
+                sbn.BatchSampling(3), sbn.BatchSampling(2, "strided"),
+            ):  # fmt: skip
+                plan = sampler.plan(shape, seed=draw[0], layer=draw[1], step=step)
+                assert draws.stream_key(*draw, 0) == stream_key(*draw, 0) == plan.parts[0].key
+                for a, b in zip(quick.draw_of(plan)(*draw), plan.runs, strict=True):
+                    assert a.dtype == b.dtype and (a == b).all()
+
+
+def test_what_is_odd_goes_the_long_way():
+    x = torch.randn(8, 5, 6, 7)
+    for view in (x[::2], x[:, ::2], x.expand(8, 5, 6, 7)[..., ::2], x[:0], x[:1].expand(8, 5, 6, 7)):
+        assert quick.call_for(quick.shape_of(view), sbn.Full(), False) is None
+    for view in (x, x.to(memory_format=torch.channels_last), x[:, :, 0, 0].clone(), x[2:]):
+        call = quick.call_for(quick.shape_of(view), sbn.Full(), False)
+        assert call is not None and call.takes(torch.ones(5), None)
+        assert not call.takes(torch.ones(6)) and not call.takes(torch.ones(5).double())
+        assert not call.takes(torch.ones(10)[::2])
+        assert (call.flat(view) == view.as_strided((view.numel(),), (1,)).numpy()).all()
