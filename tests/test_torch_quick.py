@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 
 import sbncore as sbn  # noqa: E402
 from sbncore.adapters.torch import SampledBatchNorm2d, quick  # noqa: E402
-from sbncore.cpu import draws  # noqa: E402
+from sbncore.cpu import draws, pages  # noqa: E402
 from sbncore.hashing import stream_key  # noqa: E402
 
 QUICK = {"full", "run", "samples", "strided"}
@@ -81,3 +81,14 @@ def test_what_is_odd_goes_the_long_way():
         assert not call.takes(torch.ones(6)) and not call.takes(torch.ones(5).double())
         assert not call.takes(torch.ones(10)[::2])
         assert (call.flat(view) == view.as_strided((view.numel(),), (1,)).numpy()).all()
+
+
+def test_large_outputs_are_torchs_own_memory():
+    x = torch.randn(2, 5, 600, 800)  # of more bytes than what is asked for in large pages
+    assert x.nbytes >= pages.LARGE
+    y = SampledBatchNorm2d(5)(x.requires_grad_())
+    y.backward(torch.ones_like(y))
+    assert torch.allclose(y, torch.nn.BatchNorm2d(5)(x), atol=1e-5) and x.grad.isfinite().all()
+    pages.advise(y.data_ptr() + 1, 5000)
+    pages.advise(y.data_ptr(), 0)
+    assert y.untyped_storage().resizable() and y.isfinite().all()

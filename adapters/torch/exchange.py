@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sbncore import arrays
+from sbncore.cpu import pages
 from sbncore.layout import Layout
 
 _HERE: AbstractContextManager[None] = nullcontext()
@@ -47,6 +48,14 @@ def memory_of(tensor: Tensor) -> Any:
 
         return cupy().from_dlpack(tensor)
     return tensor.numpy()
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """Return new memory as x, by torch; on the CPU in large pages where it is large."""
+    new = torch.empty_like(x)
+    if new.is_cpu and new.nbytes >= pages.LARGE:
+        pages.advise(new.data_ptr(), new.nbytes)
+    return new
 
 
 def layout_of(x: Tensor) -> Layout:

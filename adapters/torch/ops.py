@@ -16,7 +16,7 @@ from torch import Tensor
 import sbncore as sbn
 from sbncore import functional
 from sbncore.adapters.torch import quick
-from sbncore.adapters.torch.exchange import engine_stream, layout_of, memory_of
+from sbncore.adapters.torch.exchange import empty_like, engine_stream, layout_of, memory_of
 from sbncore.arrays import borrow
 from sbncore.checks import Running
 from sbncore.saved import ROWS, Kept, Saved
@@ -172,7 +172,7 @@ def _backward(
     with engine_stream(x):
         draw = sampler, seed, layer
         saved = saved_in(state, mask, x, weight, bias, draw, relu, gradient)
-        dx = torch.empty_like(x) if needs[0] else None
+        dx = empty_like(x) if needs[0] else None
         grads = sbn.backward(dy, saved, needs=wanted, out=dx)
     dresidual = grads.residual
     if dresidual is dy:  # an operator's result is memory of its own

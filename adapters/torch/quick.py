@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import sbncore as sbn
-from sbncore.adapters.torch.exchange import layout_of
+from sbncore.adapters.torch.exchange import empty_like, layout_of
 from sbncore.cpu import draws, engine, phases
 from sbncore.layout import Layout
 from sbncore.plans import MapPlaces, Plan, Runs, WholeSamples
@@ -81,7 +81,7 @@ class Call:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """The operator's results."""
         C, prior = self.layout.C, self.plan.prior
-        y, state = torch.empty_like(x), torch.empty(ROWS * C + 1, dtype=torch.float64)
+        y, state = empty_like(x), torch.empty(ROWS * C + 1, dtype=torch.float64)
         mask = torch.empty(self.mask_size, dtype=torch.uint8)
         mean, var = (torch.empty(0) if r is None else r.clone() for r in (running_mean, running_var))
         kept = state.numpy()
@@ -108,7 +108,7 @@ class Call:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """The operator's results."""
         C, kept = self.layout.C, state.numpy()
-        dx, dresidual = (torch.empty_like(x) if needed else None for needed in (needs[0], needs[3]))
+        dx, dresidual = (empty_like(x) if needed else None for needed in (needs[0], needs[3]))
         dweight, dbias = (
             torch.empty(C if needed else 0, dtype=self.parameter) for needed in needs[1:3]
         )

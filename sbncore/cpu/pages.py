@@ -1,0 +1,33 @@
+"""Large new arrays in large pages: in small ones Linux takes longer to hand out memory than a pass to fill it.
+
+NumPy asks for them itself, PyTorch does not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+from functools import cache
+from typing import Any
+
+LARGE = 4 << 20  # bytes, as NumPy has it
+_ADVICE = 14  # Linux's MADV_HUGEPAGE
+
+
+def advise(address: int, size: int) -> None:
+    """Ask that memory not yet touched comes in large pages; without a right to it, nothing happens."""
+    madvise = _madvise()
+    if madvise is not None:
+        first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+        madvise(first, (address + size - first) // mmap.PAGESIZE * mmap.PAGESIZE, _ADVICE)
+
+
+@cache
+def _madvise() -> Any:
+    if not sys.platform.startswith("linux"):
+        return None
+    function = getattr(ctypes.CDLL(None), "madvise", None)
+    if function is not None:
+        function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return function
