@@ -7,6 +7,7 @@ from sbncore.cpu.threads import get_num_threads, set_num_threads
 from sbncore.drawing import Sampler
 from sbncore.functional import Grads, Saved, backward, forward, moments, normalize, repair
 from sbncore.gradients import GradientReport, check_gradients
+from sbncore.noise import white_noise
 from sbncore.plans import Plan
 from sbncore.samplers import (
     BatchSampling,
@@ -25,6 +26,6 @@ __version__ = "0.1.0"
 __all__ = [
     "Full", "BatchSampling", "FeatureSampling", "NaiveSampling", "VirtualSamples", "Mixture", "Prior",
     "Sampler", "Plan", "forward", "backward", "Saved", "Grads", "batch_norm", "moments", "merge",
-    "normalize", "repair", "Statistics", "check_gradients", "GradientReport",
+    "normalize", "repair", "white_noise", "Statistics", "check_gradients", "GradientReport",
     "get_num_threads", "set_num_threads",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Large new arrays in large pages: in small ones Linux takes longer to hand out memory than a pass to fill it.
+"""Large new arrays in large pages: Linux takes longer to hand out small ones than a pass takes to fill them.
 
 NumPy asks for them itself, PyTorch does not.
 """

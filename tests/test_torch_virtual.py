@@ -1,0 +1,511 @@
+"""VirtualBatch: synthetic samples go in with a training batch and leave no trace in what comes out."""
+
+import copy
+import pickle
+import threading
+from collections import namedtuple
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import nn  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
+
+import sbncore as sbn  # noqa: E402
+from sbncore import noise  # noqa: E402
+from sbncore.adapters.torch.layers import SampledBatchNorm1d, SampledBatchNorm2d  # noqa: E402
+from sbncore.adapters.torch.replay import checkpoint_contexts  # noqa: E402
+from sbncore.adapters.torch.virtual import VirtualBatch, channel_noise, white_noise  # noqa: E402
+
+K = 3
+Pair = namedtuple("Pair", "first second")
+DROPOUTS = [
+    nn.Dropout(0.4), nn.Dropout1d(0.4), nn.Dropout2d(0.4), nn.Dropout3d(0.4), nn.AlphaDropout(0.4),
+    nn.FeatureAlphaDropout(0.4),
+]  # fmt: skip
+
+
+class Net(nn.Module):
+    """A convolution, a sampled layer, dropout, a classifier; ``checkpointed`` recomputes the middle."""
+
+    def __init__(self, dropout=0.5, sampler=None, checkpointed=None):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3, padding=1)
+        self.norm = SampledBatchNorm2d(4, sampler=sampler or sbn.VirtualSamples(K))
+        self.drop = nn.Dropout(dropout)
+        self.head = nn.Linear(4, 5)
+        self.checkpointed = checkpointed
+
+    def middle(self, x):
+        return self.drop(self.norm(self.conv(x)).relu())
+
+    def forward(self, x):
+        if self.checkpointed is None:
+            x = self.middle(x)
+        else:
+            x = checkpoint(self.middle, x, **self.checkpointed)
+        return self.head(x.mean((2, 3)))
+
+
+class Seen(nn.Module):
+    """Keeps what it is given."""
+
+    def forward(self, x, *args, **kwargs):
+        self.x, self.args, self.kwargs = x, args, kwargs
+        return x
+
+
+@pytest.fixture
+def x():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn((6, 2, 5, 5), generator=generator) * 3 + 1
+
+
+def gradients(model, x, seed=1):
+    torch.manual_seed(seed)
+    x = x.clone().requires_grad_()
+    y = model(x)
+    model.zero_grad()
+    (y**2).sum().backward()
+    return [y.detach(), x.grad, *(p.grad.clone() for p in model.parameters())]
+
+
+def assert_same(ours, theirs):
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", [(0, 0), (7, 120), (-5, 2**40), (2**70 + 3, -1)])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_noise_is_numpys_bit_for_bit(name, dtype):
+    seed, step = name
+    expected = noise.white_noise((3, 2, 5, 7), seed=seed, step=step, dtype=dtype)
+    for given in (step, torch.tensor(step)):
+        ours = white_noise((3, 2, 5, 7), seed=seed, step=given, dtype=getattr(torch, dtype))
+        assert str(ours.dtype) == f"torch.{dtype}" and np.array_equal(ours.numpy(), expected)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0, 2), (3,)])
+def test_the_noise_may_be_empty_or_of_one_axis(shape):
+    assert white_noise(shape).shape == shape
+
+
+@pytest.mark.parametrize("shape", [(50, 3), (7, 3, 40), (4, 3, 9, 9)])
+def test_channel_noise_has_the_batchs_moments(shape):
+    along, axes = (3, *[1] * (len(shape) - 2)), [0, *range(2, len(shape))]
+    deviation, mean = torch.tensor([1.0, 5.0, 0.1]).view(along), torch.tensor([0.0, 1e4, -3.0]).view(along)
+    x = mean + deviation * torch.randn(shape, dtype=torch.float64)
+    virtual = channel_noise(x, 4000, 0, 0)
+    var, mean = torch.var_mean(x, axes, correction=0)
+    ours_var, ours_mean = torch.var_mean(virtual, axes, correction=0)
+    assert ((ours_mean - mean).abs() < 0.08 * var.sqrt()).all()
+    assert ((ours_var / var - 1).abs() < 0.1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_virtual_samples_follow_the_real_ones_in_their_dtype_and_memory(x, dtype):
+    for memory in (torch.contiguous_format, torch.channels_last):
+        given = x.to(dtype).contiguous(memory_format=memory)
+        model = VirtualBatch(Seen(), K, seed=9)
+        y = model(given)
+        seen = model.model.x
+        assert y.dtype == seen.dtype == dtype and torch.equal(y, given) and torch.equal(seen[:6], given)
+        assert torch.equal(seen[6:], channel_noise(given, K, 9, 0))
+        assert seen.is_contiguous(memory_format=memory)
+
+
+def test_every_step_has_its_own_noise_and_evaluation_none(x):
+    model = VirtualBatch(Seen(), K)
+    drawn = []
+    for _ in range(3):
+        model(x)
+        drawn.append(model.model.x[6:])
+    assert model.num_batches_tracked == 3
+    assert not torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])
+    model.eval()
+    assert model(x) is x and model.num_batches_tracked == 3
+    assert model(None) is None
+
+
+def test_values_and_gradients_are_those_of_a_batch_put_together_by_hand(x):
+    x = x.double()
+    net = Net(0.0, sbn.Mixture([(0.5, sbn.Full()), (0.5, sbn.VirtualSamples(K))])).double()
+    by_hand = copy.deepcopy(net)
+    assert_same(
+        gradients(VirtualBatch(net, K, seed=4), x), gradients(ByHand(by_hand, channel_noise(x, K, 4, 0)), x)
+    )
+    assert torch.equal(net.norm.running_mean, by_hand.norm.running_mean)
+
+
+class ByHand(nn.Module):
+    def __init__(self, net, virtual):
+        super().__init__()
+        self.net, self.virtual = net, virtual
+
+    def forward(self, x):
+        return self.net(torch.cat((x, self.virtual)))[: len(x)]
+
+
+def test_the_gradient_passes_a_numerical_check():
+    norm = SampledBatchNorm1d(3, sampler=sbn.VirtualSamples(K)).double()
+    fixed = torch.randn(K, 3, dtype=torch.float64)
+    model = VirtualBatch(norm, K, lambda x, count, seed, step: fixed * x.mean())
+    assert torch.autograd.gradcheck(model, torch.randn(4, 3, dtype=torch.float64, requires_grad=True))
+
+
+def test_outputs_are_stripped_wherever_they_are(x):
+    class Many(nn.Module):
+        def forward(self, x):
+            kept = torch.zeros(4), torch.tensor(1.5), None, "text", 9
+            return {"a": [x, (x.sum((1, 2, 3)), Pair(x[:, 0], kept))], "b": x.flatten(1)}
+
+    y = VirtualBatch(Many(), K)(x)
+    first, (sums, pair) = y["a"]
+    assert torch.equal(first, x) and sums.shape == (6,) and y["b"].shape == (6, 50)
+    assert type(pair) is Pair and pair.first.shape == (6, 5, 5)
+    assert pair.second[0].shape == (4,) and pair.second[1] == 1.5 and pair.second[2:] == (None, "text", 9)
+
+
+def test_other_arguments_pass_as_they_are(x):
+    model = VirtualBatch(Seen(), K)
+    labels = torch.arange(6)
+    model(x, labels, scale=2)
+    assert model.model.args == (labels,) and model.model.kwargs == {"scale": 2}
+
+
+def test_a_distribution_of_ones_own(x):
+    def names(x, count, seed, step):
+        assert step.dtype == torch.int64 and step.shape == ()
+        return x.new_full((count, *x.shape[1:]), seed + int(step))
+
+    model = VirtualBatch(Seen(), K, names, seed=10)
+    for step in range(3):
+        model(x)
+        assert (model.model.x[6:] == 10 + step).all()
+    tokens = torch.arange(12).view(6, 2)
+    model(tokens)
+    assert model.model.x.dtype == torch.int64 and (model.model.x[6:] == 13).all()
+    assert model(x[:0]).shape == (0, 2, 5, 5) and model.model.x.shape == (K, 2, 5, 5)
+
+
+def test_a_distribution_that_is_a_module_is_trained(x):
+    class Learned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rows = nn.Parameter(torch.randn(K, 2, 5, 5))
+
+        def forward(self, x, count, seed, step):
+            return self.rows
+
+    model = VirtualBatch(Net(), K, Learned())
+    (model(x) ** 2).sum().backward()
+    assert model.distribution.rows.grad.abs().max() > 0
+    assert "distribution.rows" in model.state_dict()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dropout", DROPOUTS, ids=lambda one: type(one).__name__)
+def test_dropout_is_for_real_samples_and_draws_as_without_virtual_ones(x, dropout, inplace):
+    x = x.unsqueeze(2) if isinstance(dropout, nn.Dropout3d) else x
+    x = x[..., 0] if isinstance(dropout, nn.Dropout1d) else x
+    plain, dropout = copy.deepcopy(dropout), copy.deepcopy(dropout)
+    plain.inplace = dropout.inplace = inplace
+    before, after = Seen(), Seen()
+    layers = nn.Sequential(nn.Tanh(), before, dropout, after)
+    model = VirtualBatch(layers, K)
+    torch.manual_seed(5)
+    y = model(x)
+    rng = torch.get_rng_state()
+    torch.manual_seed(5)
+    assert torch.equal(y, plain(torch.tanh(x))) and torch.equal(rng, torch.get_rng_state())
+    assert torch.equal(before.x[-K:], after.x[-K:]) and (y != torch.tanh(x)).any()
+    changed = torch.tanh(x)
+    plain(changed)
+    assert torch.equal(before.x[:-K], torch.tanh(x)) == torch.equal(changed, torch.tanh(x))
+    torch.manual_seed(5)
+    assert torch.equal(layers(torch.cat((x, x))), plainly(plain, torch.tanh(torch.cat((x, x))), 5))
+    model.eval()
+    assert torch.equal(model(x), torch.tanh(x))
+
+
+def plainly(dropout, x, seed):
+    torch.manual_seed(seed)
+    return dropout(x)
+
+
+def test_gradients_pass_an_inplace_dropout(x):
+    inplace = Net()
+    plain = copy.deepcopy(inplace)
+    inplace.drop.inplace = True
+    inplace.middle = lambda x: inplace.drop(inplace.norm(inplace.conv(x)).relu() * 1.0)
+    assert_same(gradients(VirtualBatch(inplace, K), x), gradients(VirtualBatch(plain, K), x))
+
+
+def test_dropout_outside_the_batchs_axis_and_frozen_is_torchs_own(x):
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, x):
+            return self.drop(x.flatten(1).T).T
+
+    model, plain = VirtualBatch(Turned(), K), Turned()
+    torch.manual_seed(2)
+    y = model(x)
+    torch.manual_seed(2)
+    assert torch.equal(y, plain(torch.cat((x, channel_noise(x, K, 0, 0))))[:6])
+    model.model.drop.eval()
+    assert torch.equal(model(x), x.flatten(1))
+
+
+def test_a_model_wrapped_twice_and_nested_calls_keep_to_their_own_batches(x):
+    drop = nn.Dropout(0.5)
+    first, second = VirtualBatch(drop, 2), VirtualBatch(drop, 5)
+    plain = nn.Dropout(0.5)
+    for model in (first, second, VirtualBatch(nn.Sequential(VirtualBatch(nn.Dropout(0.5), 2)), 5)):
+        torch.manual_seed(3)
+        y = model(x)
+        assert y.shape == x.shape
+    torch.manual_seed(3)
+    assert torch.equal(second(x), plainly(plain, x, 3))
+
+
+def test_a_dropout_with_a_forward_of_its_own_keeps_it():
+    drop = nn.Dropout(0.5)
+    drop.forward = own = lambda x: x
+    VirtualBatch(drop, K)
+    assert drop.forward is own
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_virtual_batch_replays_its_noise(x, reentrant):
+    model = VirtualBatch(Net(), K)
+    again = copy.deepcopy(model)
+
+    class Checkpointed(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            y = checkpoint(self.model, x, use_reentrant=reentrant)
+            self.model.model.drop(torch.ones(6 + K, 2))  # as many rows, none of them virtual
+            return y
+
+    for _ in range(2):
+        assert_same(gradients(Checkpointed(again), x), gradients(model, x))
+    assert again.num_batches_tracked == model.num_batches_tracked == 2
+
+
+def test_checkpoint_contexts_replay_several_forwards_before_a_backward(x):
+    model = VirtualBatch(Net(), K)
+    again = copy.deepcopy(model)
+    torch.manual_seed(0)
+    (model(x).sum() * model(2 * x).sum()).backward()
+    torch.manual_seed(0)
+    one, two = (
+        checkpoint(again, each, use_reentrant=False, context_fn=checkpoint_contexts) for each in (x, 2 * x)
+    )
+    (one.sum() * two.sum()).backward()
+    assert_same([p.grad for p in again.parameters()], [p.grad for p in model.parameters()])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_inside_the_model_drops_what_its_forward_dropped(x, reentrant):
+    plain = VirtualBatch(Net(), K)
+    inside = copy.deepcopy(plain)
+    inside.model.checkpointed = {"use_reentrant": reentrant}
+    for rows in (6, 4):
+        assert_same(gradients(inside, x[:rows]), gradients(plain, x[:rows]))
+    inside.model.norm.sampler = plain.model.norm.sampler = sbn.Full()
+    batch = torch.cat((x, x[:K]))  # as many rows, none of them virtual
+    assert_same(gradients(inside.model, batch), gradients(plain.model, batch))
+
+
+def test_a_failed_forward_leaves_nothing_behind(x):
+    class Failing(nn.Module):
+        def forward(self, x):
+            raise RuntimeError("no")
+
+    drop = nn.Dropout(0.5)
+    model = VirtualBatch(nn.Sequential(drop, Failing()), K)
+    with pytest.raises(RuntimeError, match="no"):
+        model(x)
+    assert model.num_batches_tracked == 0
+    batch = torch.ones(6 + K, 2)
+    torch.manual_seed(1)
+    assert torch.equal(drop(batch), plainly(nn.Dropout(0.5), batch, 1))
+
+
+def test_a_resumed_run_goes_on_with_the_noise(x):
+    model = VirtualBatch(Net(0.0), K, seed=2)
+    model(x)
+    assert set(model.state_dict()) == {
+        "num_batches_tracked", *(f"model.{name}" for name in model.model.state_dict()),
+    }  # fmt: skip
+    other = VirtualBatch(Net(0.0), K, seed=2)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(x), model(x)) and other.num_batches_tracked == 2
+
+
+def test_copies_are_independent_and_alike(x):
+    model = VirtualBatch(Net(), K)
+    model(x)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert copied.model.drop.forward.args[0] is copied.model.drop
+        assert_same(gradients(copied, x), gradients(copy.deepcopy(model), x))
+        copied.eval()
+        assert model.model.drop.training
+    assert model.num_batches_tracked == 1
+    assert "count=3, seed=0" in repr(model)
+
+
+def test_threads_do_not_see_each_others_batches(x):
+    """The one thread's forward has stopped in its model while the other's dropout runs."""
+    running, done = threading.Event(), threading.Event()
+
+    class Waits(nn.Module):
+        def forward(self, x):
+            running.set()
+            assert done.wait(60)
+            return x
+
+    thread = threading.Thread(target=VirtualBatch(Waits(), K), args=(x,))
+    drop = nn.Dropout(0.5)
+    VirtualBatch(drop, K)
+    batch = torch.ones(6 + K, 2)
+    thread.start()
+    assert running.wait(60)
+    torch.manual_seed(1)
+    ours = drop(batch)
+    done.set()
+    thread.join()
+    assert torch.equal(ours, plainly(nn.Dropout(0.5), batch, 1))
+
+
+@pytest.mark.parametrize("checkpointed", [None, {"use_reentrant": False}])
+def test_the_compiler_sees_one_graph_and_compiles_it_once(x, checkpointed):
+    import torch._dynamo.testing as dynamo
+
+    torch._dynamo.reset()
+    counter = dynamo.CompileCounterWithBackend("aot_eager")
+    model = VirtualBatch(Net(checkpointed=checkpointed), K, seed=3)
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend=counter)
+    ours = []
+    thread = threading.Thread(target=lambda: ours.extend(gradients(compiled, x) for _ in range(4)))
+    thread.start()  # where no batch has run before
+    thread.join()
+    assert len(ours) == 4
+    for each in ours:
+        assert_same(each, gradients(model, x))
+    assert counter.frame_count == 1 and compiled.num_batches_tracked == 4
+
+
+def test_a_compiled_model_inside_knows_when_no_virtual_samples_are_there(x):
+    torch._dynamo.reset()
+    drop = nn.Dropout(0.5)
+    model = VirtualBatch(torch.compile(drop, backend="eager"), K)
+    torch.manual_seed(1)
+    assert torch.equal(model(x), plainly(nn.Dropout(0.5), x, 1))
+    batch = torch.cat((x, x[:K]))
+    torch.manual_seed(1)
+    assert torch.equal(model.model(batch), plainly(nn.Dropout(0.5), batch, 1))
+
+
+def test_it_trains_where_one_sample_a_batch_is_too_few(x):
+    """Batches of one with one value per channel at the layer, which batch normalization refuses."""
+    torch.manual_seed(0)
+    images, labels = torch.randn(16, 2, 4, 4), torch.arange(16) % 2
+    images[labels == 1, 0] += 2
+    model = VirtualBatch(
+        nn.Sequential(nn.Flatten(), nn.Linear(32, 8), SampledBatchNorm1d(8, sampler=sbn.VirtualSamples(8)),
+                      nn.ReLU(), nn.Linear(8, 2)), 8,
+    )  # fmt: skip
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    losses = []
+    for step in range(96):
+        one = slice(step % 16, step % 16 + 1)
+        loss = F.cross_entropy(model(images[one]), labels[one])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert np.mean(losses[-16:]) < 0.5 * np.mean(losses[:16])
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "arguments"),
+    [
+        (TypeError, "model: expected a torch.nn.Module, got builtin_function_or_method", (len, 1)),
+        (TypeError, "VirtualBatch: count: expected an integer, got 2.0", (nn.ReLU(), 2.0)),
+        (TypeError, "VirtualBatch: count: expected an integer, got True", (nn.ReLU(), True)),
+        (ValueError, "VirtualBatch: expected a count of at least 1, got 0", (nn.ReLU(), 0)),
+        (TypeError, r"distribution: expected a function of \(x, count, seed, step\), got 'normal'",
+         (nn.ReLU(), 1, "normal")),
+        (ValueError, r"model.norm: expected a sampler with VirtualSamples\(2\).*got VirtualSamples\(k=3\)",
+         (Net(), 2)),
+        (ValueError, r"model.norm: expected a sampler with VirtualSamples\(2\).*got Full",
+         (Net(sampler=sbn.Full()), 2)),
+        (ValueError, r"model.1: expected a sampled layer.*got BatchNorm1d, whose statistics",
+         (nn.Sequential(nn.ReLU(), nn.BatchNorm1d(3)), 2)),
+        (ValueError, "model: expected a sampled layer.*got SyncBatchNorm", (nn.SyncBatchNorm(3), 2)),
+        (ValueError, "model: expected a sampled layer.*got LazyBatchNorm2d", (nn.LazyBatchNorm2d(), 2)),
+    ],
+)  # fmt: skip
+def test_complaints_at_construction(kind, message, arguments):
+    with pytest.raises(kind, match=message):
+        VirtualBatch(*arguments)
+
+
+def test_a_seed_is_an_integer():
+    with pytest.raises(TypeError, match=r"seed: expected an integer, got 0\.5"):
+        VirtualBatch(nn.ReLU(), 1, seed=0.5)
+
+
+def test_mixtures_and_priors_with_virtual_samples_are_welcome():
+    mixture = sbn.Mixture([(0.5, sbn.BatchSampling(2)), (0.5, sbn.VirtualSamples(K))])
+    for sampler in (mixture, sbn.Prior(0.1, mixture)):
+        VirtualBatch(Net(sampler=sampler), K)
+    VirtualBatch(nn.Sequential(nn.GroupNorm(1, 2), nn.InstanceNorm2d(2)), K)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "given"),
+    [
+        (TypeError, "x: expected a tensor, got ndarray", np.zeros((4, 2))),
+        (ValueError, r"x: expected \(N, C, \*spatial\), at least 2 axes, got shape \(4,\)", torch.zeros(4)),
+        (TypeError, "x: expected a floating dtype, got torch.int64; a distribution=",
+         torch.zeros(4, 2, dtype=torch.int64)),
+        (ValueError, r"x: expected more than 1 value per channel.*got shape \(0, 2, 3\)",
+         torch.zeros(0, 2, 3)),
+        (ValueError, r"x: expected more than 1 value per channel.*got shape \(1, 2\)", torch.zeros(1, 2)),
+    ],
+)  # fmt: skip
+def test_complaints_about_x_count_nothing(kind, message, given):
+    model = VirtualBatch(nn.Sequential(Seen()), K)
+    with pytest.raises(kind, match=message):
+        model(given)
+    assert model.num_batches_tracked == 0 and not hasattr(model.model[0], "x")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "made"),
+    [
+        (TypeError, "distribution: expected a tensor, got NoneType", None),
+        (ValueError, r"distribution: expected shape \(3, 2, 5, 5\), got \(3, 2\)", torch.zeros(3, 2)),
+        (TypeError, "distribution: expected torch.float32 as x, got torch.float64",
+         torch.zeros(3, 2, 5, 5, dtype=torch.float64)),
+        (ValueError, "distribution: expected x's device cpu, got meta",
+         torch.zeros(3, 2, 5, 5, device="meta")),
+    ],
+)  # fmt: skip
+def test_complaints_about_a_distribution_count_nothing(x, kind, message, made):
+    model = VirtualBatch(Seen(), K, lambda x, count, seed, step: made)
+    with pytest.raises(kind, match=message):
+        model(x)
+    assert model.num_batches_tracked == 0
