@@ -1,4 +1,4 @@
-# make demo | test | bench | lint | clean   (test-torch: the tests, with PyTorch)
+# make demo | test | bench | lint | clean   (make test TORCH=: without PyTorch)
 # make gpu, on a machine with a GPU: its tests and its benchmark, by a Python that has CuPy, PyTorch and pytest
 # Everything runs in .venv, made on first use: PYTHON picks the interpreter, ARGS goes to the command.
 
@@ -15,15 +15,13 @@ PIP  := $(PY) -m pip --disable-pip-version-check
 unexport PYTHONPATH PYTHONHOME
 .NOTPARALLEL:
 
-.PHONY: demo test test-torch gpu bench lint clean
+.PHONY: demo test gpu bench lint clean
 
 demo: $(VENV)/bench.stamp
 	$(PY) -m bench.demo $(ARGS)
 
-test: lint
+test: lint $(if $(TORCH),$(VENV)/torch.stamp)
 	$(PY) -m pytest $(ARGS)
-
-test-torch: $(VENV)/torch.stamp test
 
 gpu:
 	$(GPU_PYTHON) -m pytest -m gpu -W default tests/test_gpu.py $(ARGS)

@@ -6,13 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import sbncore as sbn
+
 README = Path(__file__).parents[1] / "README.md"
 
 
+def examples(page):
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
 def test_the_examples_run(rng):
-    forward_and_backward, training_loop, gradients = re.findall(
-        r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL
-    )
+    forward_and_backward, training_loop, _, _, gradients = examples(README)
     names = {}
     exec(forward_and_backward, names)
     assert names["grads"].x.shape == (32, 64, 56, 56) and (names["y"] >= 0).all()
@@ -28,6 +32,27 @@ def test_the_examples_run(rng):
         "backward": lambda dy, saved: sbn.backward(dy, saved)[:2],
     }
     exec(gradients, names)
+
+
+def test_pytorchs_examples_run():
+    torch = pytest.importorskip("torch")
+    nn = torch.nn
+
+    def model():
+        return nn.Sequential(
+            nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 10)
+        )
+
+    names = {"sbn": sbn, "torch": torch, "model": model()}
+    _, _, convert, virtual, _ = examples(README)
+    exec(convert, names)
+    assert names["model"][1].activation == "relu"
+    names |= {"model": model(), "x": torch.randn(2, 3, 8, 8), "labels": torch.tensor([1, 7])}
+    exec(virtual, names)
+    assert names["loss"].isfinite() and names["model"].model[1].weight.grad is not None
+    (layer,) = examples(README.with_name("docs") / "torch.md")
+    exec(layer, names)
+    assert (names["y"] >= 0).all()
 
 
 def test_every_command_is_a_target_of_the_makefile():
