@@ -70,6 +70,42 @@ def reload(typingctx: Any, array: Any, index: Any) -> tuple[Any, Callable[..., A
 
 
 @intrinsic
+def peek(typingctx: Any, array: Any, index: Any) -> tuple[Any, Callable[..., Any]]:
+    """Element ``index`` of an array that no output aliases, as it is."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        value = builder.load(_pointer(context, builder, sig, args))
+        _mark(builder, value, "noalias", "output", "accumulator")
+        return value
+
+    return array.dtype(array, types.intp), codegen
+
+
+@intrinsic
+def signs(typingctx: Any, array: Any, index: Any) -> tuple[Any, Callable[..., Any]]:
+    """Eight bits from element ``index`` of an output on: 0 where what was stored is <= 0, lowest first."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = _pointer(context, builder, sig, args)
+        vector = ir.VectorType(context.get_data_type(array.dtype), 8)
+        value = builder.load(builder.bitcast(pointer, vector.as_pointer()))
+        value.align = array.dtype.bitwidth // 8
+        kind = FLOAT
+        if array.dtype == FLOAT16:
+            value = builder.fpext(builder.bitcast(value, ir.VectorType(HALF, 8)), ir.VectorType(FLOAT, 8))
+        elif array.dtype == BFLOAT16:
+            wide = ir.VectorType(I32, 8)
+            value = builder.shl(builder.zext(value, wide), ir.Constant(wide, [16] * 8))
+            value = builder.bitcast(value, ir.VectorType(FLOAT, 8))
+        elif array.dtype == types.float64:
+            kind = ir.DoubleType()
+        zeros = ir.Constant(ir.VectorType(kind, 8), [0.0] * 8)
+        return builder.bitcast(builder.fcmp_unordered("ugt", value, zeros), ir.IntType(8))
+
+    return types.uint8(array, types.intp), codegen
+
+
+@intrinsic
 def store(typingctx: Any, array: Any, index: Any, value: Any) -> tuple[Any, Callable[..., Any]]:
     """Round ``value`` to nearest even and write it as element ``index`` of an output."""
 

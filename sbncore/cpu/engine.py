@@ -40,9 +40,10 @@ class Work(NamedTuple):
 
 
 def work_at(layout: Layout, runs: Runs, masked: bool) -> Work:
-    """Return the work over runs of places; the mask's rows are bytes of their own, so are the loops' then."""
+    """Return the work over runs of places."""
     C, last = layout.C, layout.last
-    tile = 1 if masked or not last else max(1, TILE // C)
+    whole = last and not (masked and C % 8)  # else a mask's row has bits to spare
+    tile = max(1, TILE // C) if whole else 1
     longest = max(PLACES, RUN // C) // tile * tile if last else ROW
     begin, length, weight, places = channels.cut(*runs, last, longest)
     elements = places * C

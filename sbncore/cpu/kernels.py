@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from sbncore.cpu.elements import accumulate, at, load, reload, store, zero
+from sbncore.cpu.elements import accumulate, at, load, peek, reload, signs, store, zero
 
 
 def jit(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -58,13 +58,25 @@ def preactivation(x, residual, o, i, shift, scale, offset):
 
 
 @jit()
-def gradient(dy, x, mask, bit, o, i, shift, scale, offset, relu):
+def open_gate(gate, mask, bit, count):
+    """gate[i] is not 0 where the mask's bit is 1: a byte each, which the loops over elements vectorize."""
+    whole = count // 8 if bit & 7 == 0 else 0
+    for k in range(whole):
+        byte, i = mask[(bit >> 3) + k], 8 * k
+        gate[i], gate[i + 1], gate[i + 2], gate[i + 3] = byte & 1, byte & 2, byte & 4, byte & 8
+        gate[i + 4], gate[i + 5], gate[i + 6], gate[i + 7] = byte & 16, byte & 32, byte & 64, byte & 128
+    for i in range(8 * whole, count):
+        gate[i] = (mask[(bit + i) >> 3] >> ((bit + i) & 7)) & 1
+
+
+@jit()
+def gradient(dy, x, mask, gate, k, o, i, shift, scale, offset, relu):
     """dy behind the activation; without a dy the deviation x - shift, whose sums are the moments."""
     if dy is None:
         return load(x, o + i) - at(shift, i)
     g = load(dy, o + i)
     if mask is not None:
-        if (mask[(bit + i) >> 3] >> ((bit + i) & 7)) & 1 == 0:
+        if peek(gate, k) == 0:
             g = zero(x)
     elif relu is not None:
         if preactivation(x, None, o, i, shift, scale, offset) <= 0:
@@ -73,13 +85,16 @@ def gradient(dy, x, mask, bit, o, i, shift, scale, offset, relu):
 
 
 @jit(fastmath=REORDER)
-def sums_row(totals, dx, dresidual, dy, x, mask, bit, o, m, shift, scale, offset, relu):
+def sums_row(totals, dx, dresidual, dy, x, mask, gate, bit, o, m, shift, scale, offset, relu):
     """Sums of g and g * (x - shift): returned, or added to totals where channels run along the row."""
     first, second = 0.0, 0.0
     for chunk in range(0, m, CHUNK):
         a, b = zero(x), zero(x)
-        for i in range(chunk, min(chunk + CHUNK, m)):
-            g = gradient(dy, x, mask, bit, o, i, shift, scale, offset, relu)
+        end = min(chunk + CHUNK, m)
+        if mask is not None:
+            open_gate(gate, mask, bit + chunk, end - chunk)
+        for i in range(chunk, end):
+            g = gradient(dy, x, mask, gate, i - chunk, o, i, shift, scale, offset, relu)
             product = g * (load(x, o + i) - at(shift, i))
             if dx is not None:
                 store(dx, o + i, g * at(scale, i))
@@ -105,21 +120,27 @@ def normalize_row(y, mask, x, residual, bit, o, m, shift, scale, offset, relu):
                 z = zero(x)
         store(y, o + i, z)
     if mask is not None:
-        for first in range(0, m, 8):
+        for first in range(0, m - 7, 8):
+            mask[(bit + first) >> 3] = signs(y, o + first)
+        if m & 7:
             bits = np.uint8(0)
-            for i in range(first, min(first + 8, m)):
+            for i in range(m & ~7, m):
                 bits |= np.uint8(not reload(y, o + i) <= 0) << np.uint8(i & 7)
-            mask[(bit + first) >> 3] = bits
+            mask[(bit + m) >> 3] = bits
 
 
 @jit()
-def repair_row(dx, dresidual, dy, x, mask, bit, o, m, shift, scale, offset, k0, k1, p, relu):
-    for i in range(m):
-        g = gradient(dy, x, mask, bit, o, i, shift, scale, offset, relu)
-        through = at(k0, i) + (load(x, o + i) - at(shift, i)) * at(k1, i)
-        store(dx, o + i, g * at(scale, i) - p * through)
-        if dresidual is not None:
-            store(dresidual, o + i, g)
+def repair_row(dx, dresidual, dy, x, mask, gate, bit, o, m, shift, scale, offset, k0, k1, p, relu):
+    for chunk in range(0, m, CHUNK):
+        end = min(chunk + CHUNK, m)
+        if mask is not None:
+            open_gate(gate, mask, bit + chunk, end - chunk)
+        for i in range(chunk, end):
+            g = gradient(dy, x, mask, gate, i - chunk, o, i, shift, scale, offset, relu)
+            through = at(k0, i) + (load(x, o + i) - at(shift, i)) * at(k1, i)
+            store(dx, o + i, g * at(scale, i) - p * through)
+            if dresidual is not None:
+                store(dresidual, o + i, g)
 
 
 @jit()
@@ -140,6 +161,7 @@ def sums(
     """
     row_bits = 8 * ((C + 7) // 8 if last is not None else (S + 7) // 8)
     totals = np.zeros((2, tile * C), shift.dtype)
+    gate = np.empty(CHUNK, np.uint8)
     for t in range(first_task, end_task):
         k = t // channel_blocks
         r0, r1 = block(len(begin), blocks, k)
@@ -151,7 +173,7 @@ def sums(
                 for c in range(c0, c1):
                     row = n * C + c
                     a, b = sums_row(
-                        None, dx, dresidual, dy, x, mask, row * row_bits + s, row * S + s, length[r],
+                        None, dx, dresidual, dy, x, mask, gate, row * row_bits + s, row * S + s, length[r],
                         shift[c], scale[c], offset[c], relu,
                     )  # fmt: skip
                     partial[0, k, c] += weight[r] * a
@@ -160,7 +182,7 @@ def sums(
                 for p in range(0, length[r], tile):
                     row = begin[r] + p
                     sums_row(
-                        (totals[0], totals[1]), dx, dresidual, dy, x, mask, row * row_bits, row * C,
+                        (totals[0], totals[1]), dx, dresidual, dy, x, mask, gate, row * row_bits, row * C,
                         min(tile, length[r] - p) * C, shift, scale, offset, relu,
                     )  # fmt: skip
                 for i in range(min(tile, length[r])):
@@ -213,6 +235,7 @@ def repair(
     k1 = scale * rstd * dweight make the bracket of the exact gradient.
     """
     row_bits = 8 * ((C + 7) // 8 if last is not None else (S + 7) // 8)
+    gate = np.empty(CHUNK, np.uint8)
     for t in range(first_task, end_task):
         r0, r1 = block(len(begin), blocks, t // channel_blocks)
         c0, c1 = block(C, channel_blocks, t % channel_blocks)
@@ -223,13 +246,13 @@ def repair(
                 for c in range(c0, c1):
                     row = n * C + c
                     repair_row(
-                        dx, dresidual, dy, x, mask, row * row_bits + s, row * S + s, length[r],
+                        dx, dresidual, dy, x, mask, gate, row * row_bits + s, row * S + s, length[r],
                         shift[c], scale[c], offset[c], k0[c], k1[c], weight[r], relu,
                     )  # fmt: skip
             else:
                 for p in range(0, length[r], tile):
                     row = begin[r] + p
                     repair_row(
-                        dx, dresidual, dy, x, mask, row * row_bits, row * C,
+                        dx, dresidual, dy, x, mask, gate, row * row_bits, row * C,
                         min(tile, length[r] - p) * C, shift, scale, offset, k0, k1, weight[r], relu,
                     )  # fmt: skip
