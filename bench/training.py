@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,8 @@ from bench.report import machine
 
 try:
     import torch
+
+    from bench import memory
 except ImportError:  # main says so
     torch = None
 
@@ -49,7 +52,8 @@ QUICK_IMAGES = 6000
 READING = """\
 The time of a step is that of forward, loss, backward and update: the median over the steps (20th to 80th
 percentile). Every network took its step on the same batch, in alternating order. The ratio is PyTorch's
-median over this one's: above 1 is faster than PyTorch. The accuracy is of one seed after the last epoch."""
+median over this one's: above 1 is faster than PyTorch. The accuracy is of one seed after the last epoch. Kept is what autograd
+holds for the backward."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,8 @@ class Run:
     """A network's training."""
 
     name: str
+    kept: int  # bytes that autograd keeps for backward
+    peak: int | None  # bytes on the GPU during a step
     epochs: list[Epoch] = field(default_factory=list)
 
     @property
@@ -130,11 +136,16 @@ def train(networks: Mapping[str, torch.nn.Module], data: Data, settings: Setting
     test = _tensors(data.x_test, data.labels_test, settings)
     batches = len(x) // settings.batch
     steps = settings.epochs * batches
-    for network in networks.values():
+    pairs = []
+    for name, network in networks.items():
         rehearsal = Trainee(copy.deepcopy(network).train(), settings, WARM_UP)
+        first = x[: settings.batch], labels[: settings.batch]
         for _ in range(WARM_UP):
-            rehearsal.step(x[: settings.batch], labels[: settings.batch])
-    pairs = [(Trainee(each.train(), settings, steps), Run(name)) for name, each in networks.items()]
+            rehearsal.step(*first)
+        peak = memory.peak(partial(rehearsal.step, *first)) if settings.device == "cuda" else None
+        run = Run(name, memory.kept(rehearsal.network, first[0]), peak)
+        del rehearsal
+        pairs.append((Trainee(network.train(), settings, steps), run))
     progress = Progress(steps)
     for epoch in range(settings.epochs):
         order = np.random.default_rng([settings.seed, 1, epoch]).permutation(len(x))
@@ -186,13 +197,17 @@ def converted(network: torch.nn.Module, sampler: sbn.Sampler, seed: int, fuse: b
 
 def table(runs: list[Run]) -> list[str]:
     """Return the runs as a Markdown table; the first is what the others are compared with."""
-    lines = ["| normalization | test accuracy | time per step, ms | PyTorch / this |"]
-    lines.append("| --- | ---: | ---: | ---: |")
+    peaks = [run.peak for run in runs if run.peak is not None]
+    titles = ["normalization", "test accuracy", "time per step, ms", "PyTorch / this", "kept, MB"]
+    titles += ["peak, MB"] if peaks else []
+    lines = [f"| {' | '.join(titles)} |", f"| --- |{' ---: |' * (len(titles) - 1)}"]
     yardstick = runs[0].milliseconds[0]
     for run in runs:
         median, p20, p80 = run.milliseconds
         times = f"{median:.1f} ({p20:.1f} to {p80:.1f})"
-        lines.append(f"| {run.name} | {run.epochs[-1].accuracy:.1%} | {times} | {yardstick / median:.2f} |")
+        cells = [run.name, f"{run.epochs[-1].accuracy:.1%}", times, f"{yardstick / median:.2f}"]
+        cells += [f"{nbytes / 1e6:.1f}" for nbytes in (run.kept, run.peak) if nbytes is not None]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 

@@ -287,3 +287,79 @@ def test_the_sanitizer_finds_nothing(tool):
         command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_pytorch_layer_is_the_cpus(name):
+    """Outputs, gradients, running statistics and draws of three steps; the step stays on the device."""
+    torch = pytest.importorskip("torch")
+    from sbncore.adapters.torch import SampledBatchNorm2d
+
+    for last, relu in itertools.product((False, True), repeat=2):
+        torch.manual_seed(0)
+        options = {"sampler": SAMPLERS[name], "activation": "relu" if relu else None, "layer": 3}
+        layers = [SampledBatchNorm2d(8, dtype=torch.float64, **options) for _ in range(2)]
+        layers[1].cuda()
+        for _ in range(3):
+            x, residual, dy = torch.randn(3, 36, 8, 7, 8, dtype=torch.float64)
+            if last:
+                x, residual, dy = (a.to(memory_format=torch.channels_last) for a in (x, residual, dy))
+            results = []
+            for layer, device in zip(layers, ("cpu", "cuda"), strict=True):
+                leaves = [a.to(device).detach().requires_grad_() for a in (x, residual)]
+                layer.zero_grad()
+                y = layer(*leaves)
+                y.backward(dy.to(device))
+                found = [y.detach(), *(a.grad for a in leaves), layer.weight.grad, layer.bias.grad]
+                results.append([a.cpu() for a in (*found, layer.running_mean, layer.running_var)])
+            for a, b in zip(*results, strict=True):
+                assert error(b.numpy(), a.numpy()) <= 1e-11
+        assert layers[1].num_batches_tracked.is_cuda and layers[1].num_batches_tracked == 3
+
+
+def test_the_pytorch_layer_compiled_and_in_a_graph():
+    torch = pytest.importorskip("torch")
+    from sbncore.adapters.torch import SampledBatchNorm2d
+
+    sampler = sbn.FeatureSampling(1 / 4)
+    make = lambda: SampledBatchNorm2d(8, sampler=sampler, activation="relu", device="cuda")  # noqa: E731
+    eager, compiled, layer = make(), make(), make()
+    run = torch.compile(compiled, fullgraph=True)
+    x = torch.randn(36, 8, 7, 8, device="cuda")
+    for _ in range(3):
+        assert torch.allclose(run(x), eager(x), atol=1e-5)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream), torch.no_grad():
+        layer(x)
+        layer.reset_running_stats()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            y = layer(x)
+    eager.reset_running_stats()
+    for _ in range(3):  # draws anew at every replay
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.allclose(y, eager(x), atol=1e-5)
+    assert layer.num_batches_tracked == 3
+
+
+def test_a_pytorch_training_step_peaks_below_torchs():
+    torch = pytest.importorskip("torch")
+    from bench import memory
+    from sbncore.adapters.torch import SampledBatchNorm2d
+
+    x = torch.randn(64, 64, 56, 56, device="cuda", requires_grad=True)
+    residual, dy = torch.randn_like(x), torch.randn_like(x)
+    theirs = torch.nn.BatchNorm2d(64, device="cuda")
+    ours = SampledBatchNorm2d(64, activation="relu", device="cuda")
+    steps = {
+        "theirs": lambda: torch.relu(theirs(x) + residual).backward(dy),
+        "ours": lambda: ours(x, residual).backward(dy),
+    }
+    peaks = {}
+    for name, step in steps.items():
+        step()
+        x.grad = None
+        peaks[name] = memory.peak(step)
+        x.grad = None
+    assert peaks["ours"] < peaks["theirs"]
