@@ -175,7 +175,7 @@ def test_a_tiny_training(small, capsys, extra):
     assert lines[-4] == "| normalization | test accuracy | time per step, ms | PyTorch / this | kept, MB |"
     assert lines[-2].startswith("| nn.BatchNorm2d | ") and " | 1.00 | " in lines[-2]
     kept = [float(line.split("|")[-2]) for line in lines[-2:]]
-    assert kept[1] < kept[0] if not extra else kept[1] < 1.1 * kept[0]  # the digits' statistics count too
+    assert 0.9 * kept[0] < kept[1] < 1.1 * kept[0]
     assert lines[-1].startswith(f"| {name} | ")
     layout = "channels-last" if extra else "channels-first"
     assert "digits, 48 images of 8×8, 1 epochs of batches of 16, SGD at rate 0.05" in lines[0]
