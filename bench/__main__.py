@@ -8,6 +8,7 @@ import sys
 BENCHMARKS = {
     "layer": "one BN layer: checked, then timed against a copy, NumPy and PyTorch",
     "training": "a residual network trained by PyTorch, with full and with sampled statistics in turn",
+    "overhead": "what a call of the PyTorch layer costs on small tensors",
     "kernels": "what every CUDA kernel needs of a GPU, compiled without one",
 }
 

@@ -104,7 +104,7 @@ def test_torchs_own_checks_of_the_operators():
         draw = (torch.tensor(7), ops.name_of(FS), 1, 2)
         forward = (tensor, weight, bias, other, *running, *draw, 0.1, 1e-5, relu, False)
         torch.library.opcheck(ops.FORWARD, forward)
-        y, state, mask, *_ = ops.forward(*forward)
+        y, state, mask, *_ = ops.FORWARD(*forward)
         for needs in ([True] * 4, [False, True, False, True]):
             backward = (y, tensor, weight, bias, state, mask, *draw[1:], relu, "exact", needs)
             torch.library.opcheck(ops.BACKWARD, backward)

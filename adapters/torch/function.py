@@ -24,25 +24,28 @@ class Options(NamedTuple):
 
 
 class BatchNorm(torch.autograd.Function):
-    """y and the moved running statistics, of ``_forward``; the tensors it takes are its arguments."""
+    """y and the moved running statistics, or None for those where they were moved ``in_place``."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
         running_mean: Tensor | None, running_var: Tensor | None, step: Tensor, options: Options,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        y, state, mask, mean, var = ops.forward(
-            x, weight, bias, residual, running_mean, running_var, step, *options[:-1]
-        )
+        in_place: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+        tensors = (x, weight, bias, residual, running_mean, running_var, step)
+        y, state, mask, mean, var = ops.forward(tensors, options[:-1], in_place)
         ctx.save_for_backward(x, weight, bias, state, mask)
-        ctx.mark_non_differentiable(mean, var)
+        if mean is running_mean:
+            mean = var = None
+        else:
+            ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
         ctx.options = options
         return y, mean, var
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * 8
+        nothing = (None,) * 9
         if dy is None:
             return nothing
         x, weight, bias, state, mask = ctx.saved_tensors

@@ -129,14 +129,17 @@ class SampledBatchNorm(_BatchNorm):
             raise ValueError("gradient: 'sampled' expects a sample of the batch, got virtual samples too")
         counter = self.num_batches_tracked if tracked else self._untracked(input.device)
         step, counts = replay.step_of(self, counter)
-        group = group_of(self.process_group)
-        apply, ranks = (BatchNorm.apply, ()) if group is None else (over_ranks, (group,))
-        y, mean, var = apply(
+        arguments = (
             input, self.weight, self.bias, residual, self.running_mean if tracked else None,
-            self.running_var if tracked else None, step, self._options(), *ranks,
+            self.running_var if tracked else None, step, self._options(),
         )  # fmt: skip
+        group = None if self.process_group is None else group_of(self.process_group)
+        if group is None:
+            y, mean, var = BatchNorm.apply(*arguments, counts and self.momentum is not None)
+        else:
+            y, mean, var = over_ranks(*arguments, group)
         if counts and self.training:
-            if tracked:
+            if tracked and mean is not None:
                 self._move(mean, var)
             counter.add_(1)
         return y

@@ -112,7 +112,7 @@ def outputs(
 def _forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
     running_mean: Tensor | None, running_var: Tensor | None, step: Tensor, sampler: str, seed: int,
-    layer: int, momentum: float, eps: float, relu: bool, skip_nonfinite: bool,
+    layer: int, momentum: float, eps: float, relu: bool, skip_nonfinite: bool, *, in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if x.device.type == "cpu":
         shape = quick.shape_of(x)
@@ -122,7 +122,7 @@ def _forward(
             draw = seed, layer, int(step)
             return call.forward(
                 x, weight, bias, residual, running_mean, running_var, draw, momentum, eps, relu,
-                skip_nonfinite,
+                skip_nonfinite, in_place,
             )  # fmt: skip
     y, state, mask, mean, var = results = outputs(x, residual, relu, (running_mean, running_var))
     with engine_stream(x), torchs_errors:
@@ -211,17 +211,27 @@ FORWARD = torch.ops.sbncore.forward.default
 BACKWARD = torch.ops.sbncore.backward.default
 
 
-def forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Call the operator; by torch's dispatcher where anybody there looks on."""
-    return _forward(x, *arguments) if _unseen(x) else FORWARD(x, *arguments)
+def forward(
+    tensors: tuple[Any, ...], options: tuple[Any, ...], in_place: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Call the operator; by torch's dispatcher where anybody there looks on.
+
+    ``in_place`` allows to move the running statistics themselves, which are then the results.
+    """
+    if unseen(tensors[0]):
+        return _forward(*tensors, *options, in_place=in_place)
+    return FORWARD(*tensors, *options)  # type: ignore[no-any-return]
 
 
 def backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `forward`."""
-    return _backward(dy, *arguments) if _unseen(dy) else BACKWARD(dy, *arguments)
+    if unseen(dy):
+        return _backward(dy, *arguments)
+    return BACKWARD(dy, *arguments)  # type: ignore[no-any-return]
 
 
-def _unseen(tensor: Tensor) -> bool:
+def unseen(tensor: Tensor) -> bool:
+    """Whether nobody would notice a call that goes past torch's dispatcher: no compiler, mode or profiler."""
     return (
         not torch.compiler.is_compiling()
         and type(tensor) in PLAIN

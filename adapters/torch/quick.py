@@ -77,13 +77,19 @@ class Call:
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
         running_mean: Tensor | None, running_var: Tensor | None, draw: tuple[int, int, int], momentum: float,
-        eps: float, relu: bool, skip_nonfinite: bool,
+        eps: float, relu: bool, skip_nonfinite: bool, in_place: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        """The operator's results."""
+        """The operator's results; the running statistics themselves, moved, if ``in_place``."""
         C, prior = self.layout.C, self.plan.prior
         y, state = empty_like(x), torch.empty(ROWS * C + 1, dtype=torch.float64)
         mask = torch.empty(self.mask_size, dtype=torch.uint8)
-        mean, var = (torch.empty(0) if r is None else r.clone() for r in (running_mean, running_var))
+        if running_mean is None or running_var is None:
+            mean, var = torch.empty(0), torch.empty(0)
+        elif in_place:
+            mean, var = running_mean, running_var
+            torch.autograd.graph.increment_version((mean, var))
+        else:
+            mean, var = running_mean.clone(), running_var.clone()
         kept = state.numpy()
         kept[-1:].view(np.int64)[0] = draw[2]
         before = after = (self.absent, self.absent)
