@@ -106,6 +106,23 @@ def signs(typingctx: Any, array: Any, index: Any) -> tuple[Any, Callable[..., An
 
 
 @intrinsic
+def spread(typingctx: Any, array: Any, index: Any, byte: Any) -> tuple[Any, Callable[..., Any]]:
+    """Write a byte's eight bits as eight elements from ``index`` on: 0 or not, lowest first."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        I8, vector = ir.IntType(8), ir.VectorType(ir.IntType(8), 8)
+        one = builder.insert_element(ir.Constant(vector, ir.Undefined), args[2], ir.Constant(I32, 0))
+        lanes = ir.Constant(ir.VectorType(I32, 8), [0] * 8)
+        every = builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), lanes)
+        bits = builder.and_(every, ir.Constant(vector, [ir.Constant(I8, 1 << k) for k in range(8)]))
+        pointer = builder.bitcast(_pointer(context, builder, sig, args), vector.as_pointer())
+        builder.store(bits, pointer).align = 1
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.uint8), codegen
+
+
+@intrinsic
 def store(typingctx: Any, array: Any, index: Any, value: Any) -> tuple[Any, Callable[..., Any]]:
     """Round ``value`` to nearest even and write it as element ``index`` of an output."""
 

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from sbncore.cpu.elements import accumulate, at, load, peek, reload, signs, store, zero
+from sbncore.cpu.elements import accumulate, at, load, peek, reload, signs, spread, store, zero
 
 
 def jit(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -62,9 +62,7 @@ def open_gate(gate, mask, bit, count):
     """gate[i] is not 0 where the mask's bit is 1: a byte each, which the loops over elements vectorize."""
     whole = count // 8 if bit & 7 == 0 else 0
     for k in range(whole):
-        byte, i = mask[(bit >> 3) + k], 8 * k
-        gate[i], gate[i + 1], gate[i + 2], gate[i + 3] = byte & 1, byte & 2, byte & 4, byte & 8
-        gate[i + 4], gate[i + 5], gate[i + 6], gate[i + 7] = byte & 16, byte & 32, byte & 64, byte & 128
+        spread(gate, 8 * k, mask[(bit >> 3) + k])
     for i in range(8 * whole, count):
         gate[i] = (mask[(bit + i) >> 3] >> ((bit + i) & 7)) & 1
 
