@@ -190,3 +190,14 @@ def cast(array, value):
 def _cast(array, value):
     kind = np.float64 if array.dtype == types.float64 else np.float32
     return lambda array, value: kind(value)
+
+
+def room(mask, size):
+    """A byte for each of ``size`` elements where there is a mask, else None."""
+
+
+@overload(room, inline="always")
+def _room(mask, size):
+    if isinstance(mask, types.Array):
+        return lambda mask, size: np.empty(size, np.uint8)
+    return lambda mask, size: None

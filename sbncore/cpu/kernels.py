@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from sbncore.cpu.elements import accumulate, at, load, peek, reload, signs, spread, store, zero
+from sbncore.cpu.elements import accumulate, at, load, peek, reload, room, signs, spread, store, zero
 
 
 def jit(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -68,12 +68,12 @@ def open_gate(gate, mask, bit, count):
 
 
 @jit()
-def gradient(dy, x, mask, gate, k, o, i, shift, scale, offset, relu):
+def gradient(dy, x, gate, k, o, i, shift, scale, offset, relu):
     """dy behind the activation; without a dy the deviation x - shift, whose sums are the moments."""
     if dy is None:
         return load(x, o + i) - at(shift, i)
     g = load(dy, o + i)
-    if mask is not None:
+    if gate is not None:
         if peek(gate, k) == 0:
             g = zero(x)
     elif relu is not None:
@@ -88,11 +88,10 @@ def sums_row(totals, dx, dresidual, dy, x, mask, gate, bit, o, m, shift, scale, 
     first, second = 0.0, 0.0
     for chunk in range(0, m, CHUNK):
         a, b = zero(x), zero(x)
-        end = min(chunk + CHUNK, m)
         if mask is not None:
-            open_gate(gate, mask, bit + chunk, end - chunk)
-        for i in range(chunk, end):
-            g = gradient(dy, x, mask, gate, i - chunk, o, i, shift, scale, offset, relu)
+            open_gate(gate, mask, bit + chunk, min(CHUNK, m - chunk))
+        for i in range(chunk, min(chunk + CHUNK, m)):
+            g = gradient(dy, x, gate, i - chunk, o, i, shift, scale, offset, relu)
             product = g * (load(x, o + i) - at(shift, i))
             if dx is not None:
                 store(dx, o + i, g * at(scale, i))
@@ -129,16 +128,23 @@ def normalize_row(y, mask, x, residual, bit, o, m, shift, scale, offset, relu):
 
 @jit()
 def repair_row(dx, dresidual, dy, x, mask, gate, bit, o, m, shift, scale, offset, k0, k1, p, relu):
-    for chunk in range(0, m, CHUNK):
-        end = min(chunk + CHUNK, m)
-        if mask is not None:
+    if mask is None:
+        repair_chunk(dx, dresidual, dy, x, gate, 0, o, m, shift, scale, offset, k0, k1, p, relu)
+    else:
+        for chunk in range(0, m, CHUNK):
+            end = min(chunk + CHUNK, m)
             open_gate(gate, mask, bit + chunk, end - chunk)
-        for i in range(chunk, end):
-            g = gradient(dy, x, mask, gate, i - chunk, o, i, shift, scale, offset, relu)
-            through = at(k0, i) + (load(x, o + i) - at(shift, i)) * at(k1, i)
-            store(dx, o + i, g * at(scale, i) - p * through)
-            if dresidual is not None:
-                store(dresidual, o + i, g)
+            repair_chunk(dx, dresidual, dy, x, gate, chunk, o, end, shift, scale, offset, k0, k1, p, relu)
+
+
+@jit()
+def repair_chunk(dx, dresidual, dy, x, gate, chunk, o, end, shift, scale, offset, k0, k1, p, relu):
+    for i in range(chunk, end):
+        g = gradient(dy, x, gate, i - chunk, o, i, shift, scale, offset, relu)
+        through = at(k0, i) + (load(x, o + i) - at(shift, i)) * at(k1, i)
+        store(dx, o + i, g * at(scale, i) - p * through)
+        if dresidual is not None:
+            store(dresidual, o + i, g)
 
 
 @jit()
@@ -159,7 +165,7 @@ def sums(
     """
     row_bits = 8 * ((C + 7) // 8 if last is not None else (S + 7) // 8)
     totals = np.zeros((2, tile * C), shift.dtype)
-    gate = np.empty(CHUNK, np.uint8)
+    gate = room(mask, CHUNK)
     for t in range(first_task, end_task):
         k = t // channel_blocks
         r0, r1 = block(len(begin), blocks, k)
@@ -233,7 +239,7 @@ def repair(
     k1 = scale * rstd * dweight make the bracket of the exact gradient.
     """
     row_bits = 8 * ((C + 7) // 8 if last is not None else (S + 7) // 8)
-    gate = np.empty(CHUNK, np.uint8)
+    gate = room(mask, CHUNK)
     for t in range(first_task, end_task):
         r0, r1 = block(len(begin), blocks, t // channel_blocks)
         c0, c1 = block(C, channel_blocks, t % channel_blocks)
