@@ -15,7 +15,7 @@ import pytest
 
 from bench.kernels import instances
 from sbncore import functional
-from sbncore.cuda import call, device, phases
+from sbncore.cuda import call, device, phases, work
 
 if platform.machine() not in ("x86_64", "AMD64") or shutil.which("g++") is None:
     pytest.skip("the emulator needs g++ and an x86-64 processor", allow_module_level=True)
@@ -122,7 +122,9 @@ def emulated(emulator):
 
     before = functional.phases_for, phases.address, phases.device_of
     functional.phases_for, phases.address, phases.device_of = lambda x: phases, watched, lambda x: emulator
+    work.address = watched
     try:
         yield emulator
     finally:
         functional.phases_for, phases.address, phases.device_of = before
+        work.address = before[1]

@@ -7,103 +7,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from sbncore.arrays import address, borrow, element_type, widen
+from sbncore.arrays import address, borrow, widen
 from sbncore.checks import Parameters, Running
 from sbncore.cuda import call, geometry
-from sbncore.cuda.device import Device, device_of
+from sbncore.cuda.device import device_of
+from sbncore.cuda.work import Draws, State, Work, at, is_aligned
 from sbncore.layout import Layout
-from sbncore.plans import Part, Plan
+from sbncore.plans import Plan
 from sbncore.saved import ROWS, Kept, Saved
 from sbncore.statistics import Given, Moments
 
-TYPES = {"float64": "double", "float32": "float", "float16": "float16", "bfloat16": "bfloat16"}
 MASK_WORD = {8: 4, 4: 2, 2: 1, 1: 1}  # bytes for UNROLL rows of a column of so many elements
-
-
-class State:
-    """What forward leaves for backward in device memory."""
-
-    def __init__(self, values: Any, count: float, draws: Draws) -> None:
-        self.values = values  # (ROWS, C) float64
-        self.count = count
-        self.draws = draws
-        self.mask: Any = None
-        self.aligned = True  # the mask's columns: of 16 bytes
-        self.work: list[Work] = []  # temporary memory: a captured graph uses it as long as it lives
-
-    @property
-    def moments(self) -> Moments:
-        return self.values[0], self.values[1], self.count
-
-
-class Draws:
-    """What a plan's parts need in device memory: the step as it was, the few values that are sorted."""
-
-    def __init__(self, device: Device, plan: Plan, size: int, kept: Any = None) -> None:
-        step = plan.step
-        self.step = None if step is None else device.step(step)
-        self.kept = None if step is None else device.empty(1, "int64") if kept is None else kept
-        self.tables: Any = None
-        self.addresses: dict[int, int] = {}
-        counts = [call.table_size(part, size) for part in plan.parts]
-        if any(counts):
-            self.tables = device.empty(sum(counts), "int32")
-            for k, count in enumerate(counts):
-                if count:
-                    self.addresses[k] = address(self.tables) + 4 * sum(counts[:k])
-
-    def parts(self, parts: tuple[Part, ...], plan: Plan, walked: bool = True) -> bytes:
-        tables = {k: self.addresses.get(plan.parts.index(part), 0) for k, part in enumerate(parts)}
-        return call.pack_parts(parts, plan.S, tables, walked)
-
-
-class Work:
-    """One call's arrays, geometry and launches."""
-
-    def __init__(
-        self, device: Device, x: Any, layout: Layout, plan: Plan, arrays: tuple[Any, ...], fused: bool,
-        aligned: bool = True,
-    ) -> None:
-        self.device, self.x, self.layout, self.plan = device, x, layout, plan
-        aligned = aligned and all(_aligned(array) for array in (x, *arrays))
-        self.sizes = geometry.Sizes(layout.N, layout.C, layout.S, layout.last, x.dtype.itemsize, aligned)
-        self.sweep, self.places, self.fused, self.geometry = geometry.cut(
-            self.sizes, plan.count, device.multiprocessors, fused and device.clusters
-        )
-        self.type = TYPES[element_type(x)]
-        self.partial: Any = None
-        self.held: dict[str, Any] = {}
-
-    def partial_for(self, blocks: int, slots: int) -> int:
-        """Return the address of memory for the blocks' sums."""
-        real = "float64" if self.type == "double" else "float32"
-        self.partial = self.device.empty(blocks * 2 * slots, real)
-        return address(self.partial)
-
-    def everywhere(
-        self, kernel: str, options: str, pointers: dict[str, int], parts: bytes = b"", **numbers: Any
-    ) -> None:
-        """Launch a kernel over everything."""
-        self._launch(kernel, self.sweep, options, pointers, parts, numbers)
-
-    def at_places(
-        self, kernel: str, options: str, pointers: dict[str, int], parts: bytes, **numbers: Any
-    ) -> None:
-        """Launch a kernel over the places drawn."""
-        self._launch(kernel, self.places, options, pointers, parts, numbers)
-
-    def _launch(
-        self,
-        kernel: str,
-        over: geometry.Sweep | geometry.Places,
-        options: str,
-        pointers: dict[str, int],
-        parts: bytes,
-        numbers: dict[str, Any],
-    ) -> None:
-        name = f"{kernel}<{self.type},{over.vector},{over.layout},{options}>"
-        packed = call.pack(pointers, self.geometry, parts, **numbers)
-        self.device.launch(name, over.grid, over.threads, packed)
 
 
 def moments(x: Any, layout: Layout, plan: Plan, prior: Given | None) -> Moments:
@@ -153,7 +67,7 @@ def forward(
         state.mask = device.empty(size, "uint8") if kept.mask is None else kept.mask
         state.aligned = work.sizes.aligned
     pointers = {
-        "y": address(y), "x": address(x), "residual": _at(residual), "mask": _at(state.mask),
+        "y": address(y), "x": address(x), "residual": at(residual), "mask": at(state.mask),
         "state": address(values),
     }  # fmt: skip
     options = f"{_flag(relu)},{_flag(residual is not None)}"
@@ -170,7 +84,7 @@ def restored(x: Any, layout: Layout, plan: Plan, kept: Kept) -> State:
     if draws.addresses:
         draws.step = draws.kept
         work = Work(device, x, layout, plan, (), fused=False)
-        _draw(work, {"step": _at(draws.kept)}, draws, draws.parts(plan.parts, plan))
+        _draw(work, {"step": at(draws.kept)}, draws, draws.parts(plan.parts, plan))
     return state
 
 
@@ -195,7 +109,7 @@ def normalize(
     residual = None if given.residual is None else layout.flatten(given.residual)
     values = device.empty((ROWS, layout.C), "float64")
     work = Work(device, x, layout, plan, (y, residual), fused=False)
-    pointers = {"y": address(y), "x": address(x), "residual": _at(residual), "state": address(values)}
+    pointers = {"y": address(y), "x": address(x), "residual": at(residual), "state": address(values)}
     options = f"{_flag(relu)},{_flag(residual is not None)}"
     draws = Draws(device, plan, layout.S)
     _launch_forward(work, pointers, draws, by, given, eps, None, options)
@@ -223,8 +137,8 @@ def backward(
     masked = state.mask is not None
     asked: tuple[Any, ...] = (dx, dresidual)
     if masked and state.aligned:  # the mask is read in the columns it was written in
-        dy = dy if _aligned(dy) else dy.copy()
-        dx, dresidual = (a if _aligned(a) else device.empty(a.shape, a.dtype) for a in asked)
+        dy = dy if is_aligned(dy) else dy.copy()
+        dx, dresidual = (a if is_aligned(a) else device.empty(a.shape, a.dtype) for a in asked)
     through = gradient != "detached" and plan.parts != () and dx is not None
     dense = through and plan.full
     sampled = gradient == "sampled" and plan.parts != () and not plan.full
@@ -235,9 +149,9 @@ def backward(
     draws = state.draws
     state.work[1:] = [work]
     pointers = {
-        "dx": _at(dx), "dresidual": _at(dresidual), "mask": _at(state.mask), "x": address(x),
-        "dy": address(dy), "dweight": _at(dweight), "dbias": _at(dbias), "state": address(state.values),
-        "step": _at(draws.kept),
+        "dx": at(dx), "dresidual": at(dresidual), "mask": at(state.mask), "x": address(x),
+        "dy": address(dy), "dweight": at(dweight), "dbias": at(dbias), "state": address(state.values),
+        "step": at(draws.kept),
     }  # fmt: skip
     elements = sum(
         call.OWN[name] for name, array in (("weight", dweight), ("bias", dbias))
@@ -278,15 +192,15 @@ def repair(dx: Any, dy: Any, saved: Saved, dweight: Any, dbias: Any) -> None:
     masked = state.mask is not None
     written = dx
     if masked and state.aligned:  # the mask is read in the columns it was written in
-        dy = dy if _aligned(dy) else dy.copy()
-        written = dx if _aligned(dx) else dx.copy()
+        dy = dy if is_aligned(dy) else dy.copy()
+        written = dx if is_aligned(dx) else dx.copy()
     work = Work(device, x, layout, plan, (dy, written), fused=False, aligned=state.aligned)
     draws = state.draws
     state.work[1:] = [work]
     mean, _, rstd, shift = state.values[:4]
     pointers = {
-        "dx": address(written), "mask": _at(state.mask), "x": address(x), "dy": address(dy),
-        "state": address(state.values), "step": _at(draws.kept), "partial": work.partial_for(1, layout.C),
+        "dx": address(written), "mask": at(state.mask), "x": address(x), "dy": address(dy),
+        "state": address(state.values), "step": at(draws.kept), "partial": work.partial_for(1, layout.C),
     }  # fmt: skip
     work.partial[: layout.C] = widen(dbias)
     work.partial[layout.C :] = widen(dweight) / rstd + (mean - shift) * widen(dbias)
@@ -342,7 +256,7 @@ def _launch_forward(
     for name, array in held.items():
         pointers[name] = address(array)
     elements = sum(call.OWN[name] for name, array in held.items() if array.dtype == work.x.dtype)
-    pointers["step"], pointers["step_kept"] = _at(draws.step), _at(draws.kept)
+    pointers["step"], pointers["step_kept"] = at(draws.step), at(draws.kept)
     numbers: dict[str, Any] = {"prior": plan.prior, "eps": eps, "elements": elements}
     if running is not None:
         numbers |= {
@@ -395,14 +309,6 @@ def _check(plan: Plan) -> None:
         raise ValueError(f"plan: expected at most {call.PARTS} parts on a GPU, got {len(plan.parts)}")
     if not plan.apart and plan.step is not None:
         raise ValueError("plan: expected parts that share no samples where an array holds the step")
-
-
-def _at(array: Any) -> int:
-    return 0 if array is None else address(array)
-
-
-def _aligned(array: Any) -> bool:
-    return array is None or address(array) % 16 == 0
 
 
 def _at_most(array: Any, work: Work) -> Any:
