@@ -1,9 +1,6 @@
 """VirtualBatch: synthetic samples go in with a training batch and leave no trace in what comes out."""
 
 import copy
-import pickle
-import threading
-from collections import namedtuple
 
 import numpy as np
 import pytest
@@ -12,71 +9,18 @@ torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
-from torch.utils.checkpoint import checkpoint  # noqa: E402
+from virtual_models import K, Net, Pair, Seen, assert_same, gradients  # noqa: E402
 
 import sbncore as sbn  # noqa: E402
 from sbncore import noise  # noqa: E402
-from sbncore.adapters.torch.layers import SampledBatchNorm1d, SampledBatchNorm2d  # noqa: E402
-from sbncore.adapters.torch.replay import checkpoint_contexts  # noqa: E402
+from sbncore.adapters.torch.layers import SampledBatchNorm1d  # noqa: E402
 from sbncore.adapters.torch.virtual import VirtualBatch, channel_noise, white_noise  # noqa: E402
-
-K = 3
-Pair = namedtuple("Pair", "first second")
-DROPOUTS = [
-    nn.Dropout(0.4), nn.Dropout1d(0.4), nn.Dropout2d(0.4), nn.Dropout3d(0.4), nn.AlphaDropout(0.4),
-    nn.FeatureAlphaDropout(0.4),
-]  # fmt: skip
-
-
-class Net(nn.Module):
-    """A convolution, a sampled layer, dropout, a classifier; ``checkpointed`` recomputes the middle."""
-
-    def __init__(self, dropout=0.5, sampler=None, checkpointed=None):
-        super().__init__()
-        self.conv = nn.Conv2d(2, 4, 3, padding=1)
-        self.norm = SampledBatchNorm2d(4, sampler=sampler or sbn.VirtualSamples(K))
-        self.drop = nn.Dropout(dropout)
-        self.head = nn.Linear(4, 5)
-        self.checkpointed = checkpointed
-
-    def middle(self, x):
-        return self.drop(self.norm(self.conv(x)).relu())
-
-    def forward(self, x):
-        if self.checkpointed is None:
-            x = self.middle(x)
-        else:
-            x = checkpoint(self.middle, x, **self.checkpointed)
-        return self.head(x.mean((2, 3)))
-
-
-class Seen(nn.Module):
-    """Keeps what it is given."""
-
-    def forward(self, x, *args, **kwargs):
-        self.x, self.args, self.kwargs = x, args, kwargs
-        return x
 
 
 @pytest.fixture
 def x():
     generator = torch.Generator().manual_seed(0)
     return torch.randn((6, 2, 5, 5), generator=generator) * 3 + 1
-
-
-def gradients(model, x, seed=1):
-    torch.manual_seed(seed)
-    x = x.clone().requires_grad_()
-    y = model(x)
-    model.zero_grad()
-    (y**2).sum().backward()
-    return [y.detach(), x.grad, *(p.grad.clone() for p in model.parameters())]
-
-
-def assert_same(ours, theirs):
-    assert len(ours) == len(theirs)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("name", [(0, 0), (7, 120), (-5, 2**40), (2**70 + 3, -1)])
@@ -205,216 +149,6 @@ def test_a_distribution_that_is_a_module_is_trained(x):
     (model(x) ** 2).sum().backward()
     assert model.distribution.rows.grad.abs().max() > 0
     assert "distribution.rows" in model.state_dict()
-
-
-@pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("dropout", DROPOUTS, ids=lambda one: type(one).__name__)
-def test_dropout_is_for_real_samples_and_draws_as_without_virtual_ones(x, dropout, inplace):
-    x = x.unsqueeze(2) if isinstance(dropout, nn.Dropout3d) else x
-    x = x[..., 0] if isinstance(dropout, nn.Dropout1d) else x
-    plain, dropout = copy.deepcopy(dropout), copy.deepcopy(dropout)
-    plain.inplace = dropout.inplace = inplace
-    before, after = Seen(), Seen()
-    layers = nn.Sequential(nn.Tanh(), before, dropout, after)
-    model = VirtualBatch(layers, K)
-    torch.manual_seed(5)
-    y = model(x)
-    rng = torch.get_rng_state()
-    torch.manual_seed(5)
-    assert torch.equal(y, plain(torch.tanh(x))) and torch.equal(rng, torch.get_rng_state())
-    assert torch.equal(before.x[-K:], after.x[-K:]) and (y != torch.tanh(x)).any()
-    changed = torch.tanh(x)
-    plain(changed)
-    assert torch.equal(before.x[:-K], torch.tanh(x)) == torch.equal(changed, torch.tanh(x))
-    torch.manual_seed(5)
-    assert torch.equal(layers(torch.cat((x, x))), plainly(plain, torch.tanh(torch.cat((x, x))), 5))
-    model.eval()
-    assert torch.equal(model(x), torch.tanh(x))
-
-
-def plainly(dropout, x, seed):
-    torch.manual_seed(seed)
-    return dropout(x)
-
-
-def test_gradients_pass_an_inplace_dropout(x):
-    inplace = Net()
-    plain = copy.deepcopy(inplace)
-    inplace.drop.inplace = True
-    inplace.middle = lambda x: inplace.drop(inplace.norm(inplace.conv(x)).relu() * 1.0)
-    assert_same(gradients(VirtualBatch(inplace, K), x), gradients(VirtualBatch(plain, K), x))
-
-
-def test_dropout_outside_the_batchs_axis_and_frozen_is_torchs_own(x):
-    class Turned(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.drop = nn.Dropout(0.5)
-
-        def forward(self, x):
-            return self.drop(x.flatten(1).T).T
-
-    model, plain = VirtualBatch(Turned(), K), Turned()
-    torch.manual_seed(2)
-    y = model(x)
-    torch.manual_seed(2)
-    assert torch.equal(y, plain(torch.cat((x, channel_noise(x, K, 0, 0))))[:6])
-    model.model.drop.eval()
-    assert torch.equal(model(x), x.flatten(1))
-
-
-def test_a_model_wrapped_twice_and_nested_calls_keep_to_their_own_batches(x):
-    drop = nn.Dropout(0.5)
-    first, second = VirtualBatch(drop, 2), VirtualBatch(drop, 5)
-    plain = nn.Dropout(0.5)
-    for model in (first, second, VirtualBatch(nn.Sequential(VirtualBatch(nn.Dropout(0.5), 2)), 5)):
-        torch.manual_seed(3)
-        y = model(x)
-        assert y.shape == x.shape
-    torch.manual_seed(3)
-    assert torch.equal(second(x), plainly(plain, x, 3))
-
-
-def test_a_dropout_with_a_forward_of_its_own_keeps_it():
-    drop = nn.Dropout(0.5)
-    drop.forward = own = lambda x: x
-    VirtualBatch(drop, K)
-    assert drop.forward is own
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_a_checkpointed_virtual_batch_replays_its_noise(x, reentrant):
-    model = VirtualBatch(Net(), K)
-    again = copy.deepcopy(model)
-
-    class Checkpointed(nn.Module):
-        def __init__(self, model):
-            super().__init__()
-            self.model = model
-
-        def forward(self, x):
-            y = checkpoint(self.model, x, use_reentrant=reentrant)
-            self.model.model.drop(torch.ones(6 + K, 2))  # as many rows, none of them virtual
-            return y
-
-    for _ in range(2):
-        assert_same(gradients(Checkpointed(again), x), gradients(model, x))
-    assert again.num_batches_tracked == model.num_batches_tracked == 2
-
-
-def test_checkpoint_contexts_replay_several_forwards_before_a_backward(x):
-    model = VirtualBatch(Net(), K)
-    again = copy.deepcopy(model)
-    torch.manual_seed(0)
-    (model(x).sum() * model(2 * x).sum()).backward()
-    torch.manual_seed(0)
-    one, two = (
-        checkpoint(again, each, use_reentrant=False, context_fn=checkpoint_contexts) for each in (x, 2 * x)
-    )
-    (one.sum() * two.sum()).backward()
-    assert_same([p.grad for p in again.parameters()], [p.grad for p in model.parameters()])
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_a_checkpoint_inside_the_model_drops_what_its_forward_dropped(x, reentrant):
-    plain = VirtualBatch(Net(), K)
-    inside = copy.deepcopy(plain)
-    inside.model.checkpointed = {"use_reentrant": reentrant}
-    for rows in (6, 4):
-        assert_same(gradients(inside, x[:rows]), gradients(plain, x[:rows]))
-    inside.model.norm.sampler = plain.model.norm.sampler = sbn.Full()
-    batch = torch.cat((x, x[:K]))  # as many rows, none of them virtual
-    assert_same(gradients(inside.model, batch), gradients(plain.model, batch))
-
-
-def test_a_failed_forward_leaves_nothing_behind(x):
-    class Failing(nn.Module):
-        def forward(self, x):
-            raise RuntimeError("no")
-
-    drop = nn.Dropout(0.5)
-    model = VirtualBatch(nn.Sequential(drop, Failing()), K)
-    with pytest.raises(RuntimeError, match="no"):
-        model(x)
-    assert model.num_batches_tracked == 0
-    batch = torch.ones(6 + K, 2)
-    torch.manual_seed(1)
-    assert torch.equal(drop(batch), plainly(nn.Dropout(0.5), batch, 1))
-
-
-def test_a_resumed_run_goes_on_with_the_noise(x):
-    model = VirtualBatch(Net(0.0), K, seed=2)
-    model(x)
-    assert set(model.state_dict()) == {
-        "num_batches_tracked", *(f"model.{name}" for name in model.model.state_dict()),
-    }  # fmt: skip
-    other = VirtualBatch(Net(0.0), K, seed=2)
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(other(x), model(x)) and other.num_batches_tracked == 2
-
-
-def test_copies_are_independent_and_alike(x):
-    model = VirtualBatch(Net(), K)
-    model(x)
-    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert copied.model.drop.forward.args[0] is copied.model.drop
-        assert_same(gradients(copied, x), gradients(copy.deepcopy(model), x))
-        copied.eval()
-        assert model.model.drop.training
-    assert model.num_batches_tracked == 1
-    assert "count=3, seed=0" in repr(model)
-
-
-def test_threads_do_not_see_each_others_batches(x):
-    """The one thread's forward has stopped in its model while the other's dropout runs."""
-    running, done = threading.Event(), threading.Event()
-
-    class Waits(nn.Module):
-        def forward(self, x):
-            running.set()
-            assert done.wait(60)
-            return x
-
-    thread = threading.Thread(target=VirtualBatch(Waits(), K), args=(x,))
-    drop = nn.Dropout(0.5)
-    VirtualBatch(drop, K)
-    batch = torch.ones(6 + K, 2)
-    thread.start()
-    assert running.wait(60)
-    torch.manual_seed(1)
-    ours = drop(batch)
-    done.set()
-    thread.join()
-    assert torch.equal(ours, plainly(nn.Dropout(0.5), batch, 1))
-
-
-@pytest.mark.parametrize("checkpointed", [None, {"use_reentrant": False}])
-def test_the_compiler_sees_one_graph_and_compiles_it_once(x, checkpointed):
-    import torch._dynamo.testing as dynamo
-
-    torch._dynamo.reset()
-    counter = dynamo.CompileCounterWithBackend("aot_eager")
-    model = VirtualBatch(Net(checkpointed=checkpointed), K, seed=3)
-    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend=counter)
-    ours = []
-    thread = threading.Thread(target=lambda: ours.extend(gradients(compiled, x) for _ in range(4)))
-    thread.start()  # where no batch has run before
-    thread.join()
-    assert len(ours) == 4
-    for each in ours:
-        assert_same(each, gradients(model, x))
-    assert counter.frame_count == 1 and compiled.num_batches_tracked == 4
-
-
-def test_a_compiled_model_inside_knows_when_no_virtual_samples_are_there(x):
-    torch._dynamo.reset()
-    drop = nn.Dropout(0.5)
-    model = VirtualBatch(torch.compile(drop, backend="eager"), K)
-    torch.manual_seed(1)
-    assert torch.equal(model(x), plainly(nn.Dropout(0.5), x, 1))
-    batch = torch.cat((x, x[:K]))
-    torch.manual_seed(1)
-    assert torch.equal(model.model(batch), plainly(nn.Dropout(0.5), batch, 1))
 
 
 def test_it_trains_where_one_sample_a_batch_is_too_few(x):
