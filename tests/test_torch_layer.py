@@ -342,3 +342,28 @@ def test_a_compilers_layout_is_the_engines():
     ]  # fmt: skip
     for view in views:
         assert exchange.layout_of(view) == layout.layout_of(view.numpy(), 1), (view.shape, view.stride())
+
+
+def test_eps_must_be_positive_in_training():
+    for eps in (0.0, -1.0):
+        with pytest.raises(ValueError, match="eps: expected a positive number"):
+            sbn_torch.SampledBatchNorm2d(5, eps=eps)(torch.randn(4, 5, 3, 3))
+
+
+def test_inference_mode_and_no_grad():
+    for context in (torch.inference_mode, torch.no_grad):
+        x, (judge, layer) = torch.randn(4, 5, 3, 3), twins(2)
+        with context():
+            x = x.double()
+            assert torch.allclose(layer(x), judge(x)) and not layer(x).requires_grad
+            judge(x)
+            assert torch.allclose(layer.running_var, judge.running_var)
+
+
+def test_torch_hears_of_statistics_that_moved_under_an_evaluations_graph():
+    layer = sbn_torch.SampledBatchNorm2d(5).eval()
+    x = torch.randn(4, 5, 3, 3, requires_grad=True)
+    y = layer(x)
+    layer.train()(x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
