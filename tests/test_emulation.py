@@ -14,8 +14,9 @@ from product import DTYPES, SAMPLERS, SHAPES
 from strategies import cases
 
 import sbncore as sbn
-from sbncore import reference
+from sbncore import functional, reference
 from sbncore.cuda import call, geometry
+from sbncore.saved import Kept
 
 NAMES = {"float64": "double", "float32": "float", "float16": "float16", "bfloat16": "bfloat16"}
 def emulator(*dtypes, **options):
@@ -67,6 +68,23 @@ def test_phases_and_the_callers_memory(rng, dtype, sampler):
     ):
         with emulation.emulated(emulator(dtype, multiprocessors=1)):
             product.run_in_phases(rng, dtype, shape, SAMPLERS[sampler], last, relu, add)
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS.keys() - {"twice"}))
+def test_a_step_is_kept_in_the_callers_memory(rng, name):
+    """As an autograd does: backward finds the step that forward drew at, whatever became of the counter."""
+    shape, step = (33, 8, 7, 7), np.array([5])
+    x, dy = rng.normal(size=(2, *shape))
+    kept = Kept(np.full((6, 8), np.nan), None, np.full(1, -1))
+    with emulation.emulated(emulator("float64", multiprocessors=1)):
+        whole = sbn.backward(dy, sbn.forward(x, plan=SAMPLERS[name].plan(shape, step=5))[1])
+        drawn = SAMPLERS[name].plan(shape, step=step)
+        y = np.empty_like(x)
+        functional.forward_in_place(x, None, None, drawn, None, 1e-5, 1, None, None, "exact", y, kept=kept)
+        step += 1
+        again = SAMPLERS[name].plan(shape, step=kept.step)
+        saved = functional.saved_in(kept, x, again, None, None, False, None, "exact")
+        assert (sbn.backward(dy, saved).x == whole.x).all() and kept.step == 5
 
 
 @pytest.mark.parametrize("clusters", [False, True])

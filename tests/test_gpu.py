@@ -343,6 +343,22 @@ def test_the_pytorch_layer_compiled_and_in_a_graph():
     assert layer.num_batches_tracked == 3
 
 
+def test_the_pytorch_layer_takes_tensors_at_odd_addresses():
+    torch = pytest.importorskip("torch")
+    from sbncore.adapters.torch import SampledBatchNorm2d
+
+    whole = torch.randn(2, 32 * 8 * 49 + 1, device="cuda", dtype=torch.float16)
+    x, residual = (row[1:].view(32, 8, 7, 7) for row in whole)
+    results = []
+    for make in (lambda t: t, torch.clone):
+        leaves = [make(t).detach().requires_grad_() for t in (x, residual)]
+        y = SampledBatchNorm2d(8, activation="relu", device="cuda")(*leaves)
+        y.sum().backward()
+        results.append([y, *(leaf.grad for leaf in leaves)])
+    for a, b in zip(*results, strict=True):
+        assert error(back(a.detach()), back(b.detach())) <= TOLERANCE["float16"]
+
+
 def test_a_pytorch_training_step_peaks_below_torchs():
     torch = pytest.importorskip("torch")
     from bench import memory

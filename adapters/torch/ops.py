@@ -79,10 +79,15 @@ def saved_in(
 
     It always has a residual: its gradient is g, whatever there was.
     """
-    kept = kept_in(state, mask, x.shape[1])
+    x, kept = aligned(x), kept_in(state, mask, x.shape[1])
     plan = plan_of(x, draw, kept.step if x.is_cuda else kept.step[0], fewest)
     activation = "relu" if relu else None
     return functional.saved_in(kept, x, plan, weight, bias, True, activation, gradient)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Return a GPU's tensor at an address of 16 bytes, a copy if need be: what a mask's size supposes."""
+    return x.clone() if x.is_cuda and x.data_ptr() % 16 else x
 
 
 def kept_in(state: Tensor, mask: Tensor, C: int) -> Kept:
@@ -125,6 +130,7 @@ def _forward(
                 x, weight, bias, residual, running_mean, running_var, draw, momentum, eps, relu,
                 skip_nonfinite, in_place,
             )  # fmt: skip
+    x, residual = aligned(x), None if residual is None else aligned(residual)
     y, state, mask, mean, var = results = outputs(x, residual, relu, (running_mean, running_var))
     with engine_stream(x), torchs_errors:
         plan = plan_of(x, (sampler, seed, layer), step)

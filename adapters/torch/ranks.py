@@ -38,6 +38,7 @@ class BatchNormOverRanks(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
         running_mean: Tensor | None, running_var: Tensor | None, step: Tensor, options: Options, group: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        x, residual = ops.aligned(x), None if residual is None else ops.aligned(residual)
         draw = (options.sampler, options.seed, ops.word(options.layer + RANK * dist.get_rank(group)))
         y, state, mask, _, _ = ops.outputs(x, residual, options.relu, (None, None))
         activation = "relu" if options.relu else None

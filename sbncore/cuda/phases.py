@@ -65,6 +65,7 @@ def forward(
     if relu and residual is not None:
         size = _mask_size(work.sweep)
         state.mask = device.empty(size, "uint8") if kept.mask is None else kept.mask
+        assert state.mask.size >= size, "the caller's mask is that of an aligned array, and this one is not"
         state.aligned = work.sizes.aligned
     pointers = {
         "y": address(y), "x": address(x), "residual": at(residual), "mask": at(state.mask),
