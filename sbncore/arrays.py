@@ -96,17 +96,6 @@ def widen(stored: np.ndarray) -> np.ndarray:
     return stored.astype(np.float64)
 
 
-def narrow(values: np.ndarray, storage: np.dtype) -> np.ndarray:
-    """Return float64 values in a storage type, rounded to nearest."""
-    if storage == np.int16:
-        return values.astype(np.float16).view(np.int16)
-    if storage == np.uint16:
-        bits = np.atleast_1d(values.astype(np.float32)).view(np.uint32)
-        nearest = (bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16
-        return np.where(np.isnan(values), 0x7FC0, nearest).astype(np.uint16)
-    return values.astype(storage)
-
-
 def address(view: np.ndarray) -> int:
     """Return where an array begins in memory."""
     if isinstance(view, np.ndarray):

@@ -3,6 +3,9 @@
 import copy
 import io
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -367,3 +370,11 @@ def test_torch_hears_of_statistics_that_moved_under_an_evaluations_graph():
     layer.train()(x)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+def test_the_adapter_loads_numba_only_with_a_call_on_the_cpu():
+    code = (
+        "import sys, torch; from sbncore.adapters.torch import SampledBatchNorm2d as L;"
+        "assert 'numba' not in sys.modules; L(3)(torch.randn(2, 3, 4, 4)); assert 'numba' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])

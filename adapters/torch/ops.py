@@ -15,7 +15,6 @@ from torch import Tensor
 
 import sbncore as sbn
 from sbncore import functional
-from sbncore.adapters.torch import quick
 from sbncore.adapters.torch.exchange import empty_like, engine_stream, layout_of, memory_of
 from sbncore.arrays import borrow
 from sbncore.checks import Running
@@ -120,6 +119,8 @@ def _forward(
     layer: int, momentum: float, eps: float, relu: bool, skip_nonfinite: bool, *, in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if x.device.type == "cpu":
+        from sbncore.adapters.torch import quick  # Numba, which a GPU does without
+
         shape = quick.shape_of(x)
         call = quick.call_for(shape, _samplers[sampler], relu and residual is not None)
         vectors = weight, bias, running_mean, running_var
@@ -171,6 +172,8 @@ def _backward(
     sampler: str, seed: int, layer: int, relu: bool, gradient: str, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if x.device.type == "cpu":
+        from sbncore.adapters.torch import quick  # Numba, which a GPU does without
+
         shape = quick.shape_of(x)
         call = quick.call_for(shape, _samplers[sampler], mask.numel() > 0)
         if call and call.takes(weight, bias) and quick.shape_of(dy) == shape:

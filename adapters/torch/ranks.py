@@ -15,7 +15,7 @@ from torch import distributed as dist
 import sbncore as sbn
 from sbncore import functional
 from sbncore.adapters.torch import ops
-from sbncore.adapters.torch.exchange import engine_stream
+from sbncore.adapters.torch.exchange import empty_like, engine_stream
 from sbncore.adapters.torch.function import Options
 from sbncore.plans import Plan
 
@@ -86,7 +86,7 @@ class BatchNormOverRanks(torch.autograd.Function):
         with engine_stream(x):
             saved = ops.saved_in(state, mask, x, weight, bias, ctx.draw, options.relu, "exact", fewest=1)
             through = needs[0] and options.gradient != "detached"
-            dx = torch.empty_like(x) if needs[0] else None
+            dx = empty_like(x) if needs[0] else None
             first = {"x": dx is not None and not (through and saved.plan.full), "residual": needs[3]}
             from_sample = options.gradient == "sampled" and not saved.plan.full
             first |= dict.fromkeys(("weight", "bias"), not from_sample)

@@ -96,13 +96,12 @@ def sums(
     dy: np.ndarray,
     x: np.ndarray,
     mask: np.ndarray | None,
-    values: np.ndarray,
+    coefficients: Coefficients,
     relu: bool,
     work: Work,
 ) -> np.ndarray:
     """Return the blocks' weighted sums of g and g * (x - shift); write dx and dresidual."""
-    partial = np.zeros((2, work.blocks, values.shape[1]))
-    coefficients = channels.coefficients(values, x, work.tile)
+    partial = np.zeros((2, work.blocks, work.sizes[1]))
     work.run(
         kernels.sums, partial, dx, dresidual, dy, x, mask, *coefficients, work.begin, work.length,
         work.weight, relu or None,
@@ -116,14 +115,12 @@ def repair(
     dy: np.ndarray,
     x: np.ndarray,
     mask: np.ndarray | None,
-    values: np.ndarray,
-    total: np.ndarray,
+    coefficients: Coefficients,
+    slopes: tuple[np.ndarray, ...],
     relu: bool,
     work: Work,
 ) -> None:
-    """Write dx (and dresidual) at the places of the work, of weights p, by total = dbias and dweight."""
-    coefficients = channels.coefficients(values, x, work.tile)
-    slopes = channels.slopes(total, values, x, work.tile)
+    """Write dx (and dresidual) at the places of the work, of weights p; slopes are the kernel's k0 and k1."""
     work.run(
         kernels.repair, dx, dresidual, dy, x, mask, *coefficients, *slopes, work.begin, work.length,
         work.weight.astype(coefficients[0].dtype), relu or None,

@@ -120,7 +120,9 @@ def repair(
     if saved.x.size and state.plan.parts:
         work = engine.work_at(saved.layout, state.plan.runs, state.mask is not None)
         total = np.stack([widen(dbias), widen(dweight)])
-        engine.repair(dx, None, dy, saved.x, state.mask, state.values, total, saved.relu, work)
+        coefficients = channels.coefficients(state.values, saved.x, work.tile)
+        slopes = channels.slopes(total, state.values, saved.x, work.tile)
+        engine.repair(dx, None, dy, saved.x, state.mask, coefficients, slopes, saved.relu, work)
 
 
 def run_forward(
@@ -167,7 +169,9 @@ def run_backward(
     ``places`` are those drawn, ``full`` where all are; None where no gradient flows through the statistics.
     ``scale``: for sums estimated from these places, by how much; None for sums of all.
     """
-    inputs: tuple[Any, Any, Any, Any] = dy, x, mask, values
+    # the places' rows are as long as the others
+    coefficients = channels.coefficients(values, x, everywhere.tile)
+    inputs: tuple[Any, Any, Any, Any] = dy, x, mask, coefficients
     dense = places is not None and full and dx is not None  # the repair writes everything
     written = (None, None) if dense else (dx, dresidual)
     if places is not None and scale is not None:
@@ -178,7 +182,8 @@ def run_backward(
         sums = engine.sums(*written, *inputs, relu, everywhere)
     total = channels.finish_backward(sums, values, dweight, dbias)
     if places is not None and dx is not None:
-        engine.repair(dx, dresidual if dense else None, *inputs, total, relu, places)
+        slopes = channels.slopes(total, values, x, places.tile)
+        engine.repair(dx, dresidual if dense else None, *inputs, slopes, relu, places)
 
 
 def _normalize(
