@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sbncore.cpu.kernels import jit
+from sbncore.cpu.compiled import jit
 
 GOLDEN, FIRST, SECOND = (
     np.uint64(word) for word in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)

@@ -2,10 +2,6 @@
 
 NumPy has no bfloat16 and Numba no float16 on the CPU, so the engine sees both as integers of their
 bits: int16 is float16, uint16 is bfloat16. They are computed in float32, rounded to nearest even.
-
-The metadata tells LLVM that outputs and accumulators never alias inputs (`sbncore.checks` refuses
-overlaps, but for the same element of the same array, which is read before it is written); without it
-the loops with many arrays are not vectorized.
 """
 
 from __future__ import annotations
@@ -23,153 +19,70 @@ FLOAT16, BFLOAT16 = types.int16, types.uint16
 I16, I32, HALF, FLOAT = ir.IntType(16), ir.IntType(32), ir.HalfType(), ir.FloatType()
 
 
-def _pointer(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-    array = context.make_array(sig.args[0])(context, builder, args[0])
-    return cgutils.gep_inbounds(builder, array.data, args[1])
+def pointer(context: Any, builder: Any, array: types.Array, value: Any, index: Any) -> Any:
+    """Return LLVM's pointer to an element."""
+    memory = context.make_array(array)(context, builder, value).data
+    return cgutils.gep_inbounds(builder, memory, index)
 
 
-def _mark(builder: Any, instruction: Any, kind: str, *scopes: str) -> None:
-    module = builder.module
-    domain = module.add_metadata(["sbncore"])
-    marks = [module.add_metadata([scope, domain]) for scope in scopes]
-    instruction.set_metadata(kind, module.add_metadata(marks))
-
-
-def _compute_type(array: types.Array) -> types.Float:
+def compute_type(array: types.Array) -> types.Float:
+    """Return the type an array's elements are computed in."""
     return types.float64 if array.dtype == types.float64 else types.float32
 
 
-def _widen(builder: Any, array: types.Array, value: Any) -> Any:
+def widen(builder: Any, array: types.Array, value: Any, lanes: int = 0) -> Any:
+    """Return what was loaded in the type it is computed in: an element, or a vector of ``lanes``."""
     if array.dtype == FLOAT16:
-        return builder.fpext(builder.bitcast(value, HALF), FLOAT)
+        return builder.fpext(builder.bitcast(value, _of(HALF, lanes)), _of(FLOAT, lanes))
     if array.dtype == BFLOAT16:
-        return builder.bitcast(builder.shl(builder.zext(value, I32), ir.Constant(I32, 16)), FLOAT)
+        wide = builder.zext(value, _of(I32, lanes))
+        return builder.bitcast(builder.shl(wide, _constant(I32, 16, lanes)), _of(FLOAT, lanes))
     return value
+
+
+def narrow(builder: Any, array: types.Array, value: Any, lanes: int = 0) -> Any:
+    """Return a value rounded to nearest even, as it is stored."""
+    if array.dtype == FLOAT16:
+        return builder.bitcast(builder.fptrunc(value, _of(HALF, lanes)), _of(I16, lanes))
+    if array.dtype == BFLOAT16:
+        bits = builder.bitcast(value, _of(I32, lanes))
+        odd = builder.and_(builder.lshr(bits, _constant(I32, 16, lanes)), _constant(I32, 1, lanes))
+        nearest = builder.add(bits, builder.add(odd, _constant(I32, 0x7FFF, lanes)))
+        quiet = builder.or_(bits, _constant(I32, 0x400000, lanes))
+        nan = builder.fcmp_unordered("uno", value, value)
+        bits = builder.select(nan, quiet, nearest)
+        return builder.trunc(builder.lshr(bits, _constant(I32, 16, lanes)), _of(I16, lanes))
+    return value
+
+
+def _of(kind: Any, lanes: int) -> Any:
+    return ir.VectorType(kind, lanes) if lanes else kind
+
+
+def _constant(kind: Any, value: int, lanes: int) -> Any:
+    return ir.Constant(_of(kind, lanes), [ir.Constant(kind, value)] * lanes if lanes else value)
 
 
 @intrinsic
 def load(typingctx: Any, array: Any, index: Any) -> tuple[Any, Callable[..., Any]]:
-    """Element ``index`` of an input, widened to the type it is computed in."""
+    """Element ``index``, widened to the type it is computed in."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        value = builder.load(_pointer(context, builder, sig, args))
-        _mark(builder, value, "noalias", "output", "accumulator")
-        return _widen(builder, array, value)
+        return widen(builder, array, builder.load(pointer(context, builder, array, *args)))
 
-    return _compute_type(array)(array, types.intp), codegen
-
-
-@intrinsic
-def reload(typingctx: Any, array: Any, index: Any) -> tuple[Any, Callable[..., Any]]:
-    """Element ``index`` of an output, as it was stored."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return _widen(builder, array, builder.load(_pointer(context, builder, sig, args)))
-
-    return _compute_type(array)(array, types.intp), codegen
-
-
-@intrinsic
-def peek(typingctx: Any, array: Any, index: Any) -> tuple[Any, Callable[..., Any]]:
-    """Element ``index`` of an array that no output aliases, as it is."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        value = builder.load(_pointer(context, builder, sig, args))
-        _mark(builder, value, "noalias", "output", "accumulator")
-        return value
-
-    return array.dtype(array, types.intp), codegen
-
-
-@intrinsic
-def signs(typingctx: Any, array: Any, index: Any) -> tuple[Any, Callable[..., Any]]:
-    """Eight bits from element ``index`` of an output on: 0 where what was stored is <= 0, lowest first."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        pointer = _pointer(context, builder, sig, args)
-        vector = ir.VectorType(context.get_data_type(array.dtype), 8)
-        value = builder.load(builder.bitcast(pointer, vector.as_pointer()))
-        value.align = array.dtype.bitwidth // 8
-        kind = FLOAT
-        if array.dtype == FLOAT16:
-            value = builder.fpext(builder.bitcast(value, ir.VectorType(HALF, 8)), ir.VectorType(FLOAT, 8))
-        elif array.dtype == BFLOAT16:
-            wide = ir.VectorType(I32, 8)
-            value = builder.shl(builder.zext(value, wide), ir.Constant(wide, [16] * 8))
-            value = builder.bitcast(value, ir.VectorType(FLOAT, 8))
-        elif array.dtype == types.float64:
-            kind = ir.DoubleType()
-        zeros = ir.Constant(ir.VectorType(kind, 8), [0.0] * 8)
-        return builder.bitcast(builder.fcmp_unordered("ugt", value, zeros), ir.IntType(8))
-
-    return types.uint8(array, types.intp), codegen
-
-
-@intrinsic
-def spread(typingctx: Any, array: Any, index: Any, byte: Any) -> tuple[Any, Callable[..., Any]]:
-    """Write a byte's eight bits as eight elements from ``index`` on: 0 or not, lowest first."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        I8, vector = ir.IntType(8), ir.VectorType(ir.IntType(8), 8)
-        one = builder.insert_element(ir.Constant(vector, ir.Undefined), args[2], ir.Constant(I32, 0))
-        lanes = ir.Constant(ir.VectorType(I32, 8), [0] * 8)
-        every = builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), lanes)
-        bits = builder.and_(every, ir.Constant(vector, [ir.Constant(I8, 1 << k) for k in range(8)]))
-        pointer = builder.bitcast(_pointer(context, builder, sig, args), vector.as_pointer())
-        builder.store(bits, pointer).align = 1
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp, types.uint8), codegen
+    return compute_type(array)(array, types.intp), codegen
 
 
 @intrinsic
 def store(typingctx: Any, array: Any, index: Any, value: Any) -> tuple[Any, Callable[..., Any]]:
-    """Round ``value`` to nearest even and write it as element ``index`` of an output."""
+    """Round ``value`` to nearest even and write it as element ``index``."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        value = args[2]
-        if array.dtype == FLOAT16:
-            value = builder.bitcast(builder.fptrunc(value, HALF), I16)
-        elif array.dtype == BFLOAT16:
-            bits = builder.bitcast(value, I32)
-            odd = builder.and_(builder.lshr(bits, ir.Constant(I32, 16)), ir.Constant(I32, 1))
-            nearest = builder.add(bits, builder.add(odd, ir.Constant(I32, 0x7FFF)))
-            quiet = builder.or_(bits, ir.Constant(I32, 0x400000))
-            nan = builder.fcmp_unordered("uno", value, value)
-            bits = builder.select(nan, quiet, nearest)
-            value = builder.trunc(builder.lshr(bits, ir.Constant(I32, 16)), I16)
-        written = builder.store(value, _pointer(context, builder, sig, args))
-        _mark(builder, written, "alias.scope", "output")
+        place = pointer(context, builder, array, *args[:2])
+        builder.store(narrow(builder, array, args[2]), place)
         return context.get_dummy_value()
 
-    return types.void(array, types.intp, _compute_type(array)), codegen
-
-
-@intrinsic
-def accumulate(typingctx: Any, array: Any, index: Any, value: Any) -> tuple[Any, Callable[..., Any]]:
-    """Add ``value`` to element ``index`` of an accumulator."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        pointer = _pointer(context, builder, sig, args)
-        before = builder.load(pointer)
-        after = builder.store(builder.fadd(before, args[2]), pointer)
-        for instruction in (before, after):
-            _mark(builder, instruction, "alias.scope", "accumulator")
-            _mark(builder, instruction, "noalias", "output")
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp, array.dtype), codegen
-
-
-def at(coefficient, index):
-    """A channel's coefficient: the scalar of a channels-first row, or element of a channels-last one."""
-
-
-@overload(at, inline="always")
-def _at(coefficient, index):
-    if isinstance(coefficient, types.Array):
-        return lambda coefficient, index: load(coefficient, index)
-    return lambda coefficient, index: coefficient
+    return types.void(array, types.intp, compute_type(array)), codegen
 
 
 def zero(array):
@@ -190,14 +103,3 @@ def cast(array, value):
 def _cast(array, value):
     kind = np.float64 if array.dtype == types.float64 else np.float32
     return lambda array, value: kind(value)
-
-
-def room(mask, size):
-    """A byte for each of ``size`` elements where there is a mask, else None."""
-
-
-@overload(room, inline="always")
-def _room(mask, size):
-    if isinstance(mask, types.Array):
-        return lambda mask, size: np.empty(size, np.uint8)
-    return lambda mask, size: None

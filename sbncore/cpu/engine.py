@@ -1,59 +1,89 @@
-"""The CPU engine: geometry, and the kernels with what is between them."""
+"""The CPU engine: how a call over flat memory is cut into tasks, and the kernels with what is between them."""
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from sbncore.cpu import channels, kernels, threads
+from sbncore.cpu import channels, channels_first, channels_last, threads
+from sbncore.cpu.lanes import LANES
 from sbncore.layout import Layout
 from sbncore.plans import Runs
 
-ROW = 1 << 16  # elements of a channels-first row; longer ones are shared among tasks
+SHORT = 256  # elements of a map from which on it is a row of its own
+SEGMENT, SHORT_SEGMENT = 16384, 4096  # elements of a sample that a task goes over at once, channels-first
 TILE = 256  # elements of the shortest channels-last row worth a loop
 RUN = 16384  # elements of a channels-last run, which is summed in float32
 PLACES = 64  # of such a run at least: what flushing its sums is shared among
 TASK = 16384  # elements worth a task of their own
 TASKS = 64
 PARALLEL = 1 << 20  # elements worth waking the other threads: it takes 50 to 100 us
+NOWHERE = Runs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
 
-Coefficients = tuple[np.ndarray, ...]  # shift, scale, offset: z = (x - shift) * scale + offset
+
+def _worth_streaming() -> int:
+    """Bytes of an output from which on it is written past the caches: a quarter of the last of them.
+
+    SBNCORE_STREAM, in bytes, has the last word: 0 streams everything.
+    """
+    asked = os.environ.get("SBNCORE_STREAM", "")
+    if asked.isdigit():
+        return int(asked)
+    try:
+        cache = os.sysconf("SC_LEVEL3_CACHE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        cache = 0
+    return max(cache, 1 << 24) // 4
+
+
+STREAM = _worth_streaming()
+
+
+class Cut(NamedTuple):
+    """How channels-first memory is cut: by the shape alone."""
+
+    short: bool | None  # True or None, as the kernels take it
+    group: int  # channels of a task
+    tasks: int
+    parallel: bool
+
+
+@lru_cache(maxsize=1024)
+def cut_first(layout: Layout) -> Cut:
+    """Return the cut of a channels-first layout."""
+    N, C, S = layout.N, layout.C, layout.S
+    short = S < SHORT
+    tasks = min(TASKS // 4, C, max(1, N * C * S // TASK))
+    group = min(-(-(SHORT_SEGMENT if short else SEGMENT) // S), -(-C // tasks))
+    return Cut(short or None, group, -(-C // group), N * C * S >= PARALLEL)
 
 
 class Work(NamedTuple):
-    """How one kernel's work over runs is cut into rows and tasks, by the shape alone."""
+    """How work over runs of channels-last memory is cut into rows and tasks, by the shape alone."""
 
     begin: np.ndarray
     length: np.ndarray
     weight: np.ndarray
     tile: int
-    blocks: int
     tasks: int
     parallel: bool
-    sizes: tuple[Any, ...]  # the kernels' last arguments
 
-    def run(self, kernel: Any, *arguments: Any) -> None:
+    def run(self, kernel: Any, C: int, *arguments: Any) -> None:
         """Call a kernel over all tasks."""
-        threads.run(kernel, self.tasks, self.parallel, *arguments, *self.sizes)
+        threads.run(kernel, self.tasks, self.parallel, *arguments, C, self.tile, self.tasks)
 
 
 def work_at(layout: Layout, runs: Runs, masked: bool) -> Work:
     """Return the work over runs of places."""
-    C, last = layout.C, layout.last
-    whole = last and not (masked and C % 8)  # else a mask's row has bits to spare
-    tile = max(1, TILE // C) if whole else 1
-    longest = max(PLACES, RUN // C) // tile * tile if last else ROW
-    begin, length, weight, places = channels.cut(*runs, last, longest)
-    elements = places * C
-    tasks = min(TASKS, max(1, elements // TASK))
-    blocks = max(1, min(len(begin), tasks))
-    channel_blocks = 1 if last else min(C, -(-tasks // blocks))
-    sizes = (last or None, C, layout.S, tile, blocks, channel_blocks)
-    return Work(
-        begin, length, weight, tile, blocks, blocks * channel_blocks, elements >= PARALLEL, sizes
-    )
+    C = layout.C
+    tile = 1 if masked and C % LANES else max(1, TILE // C)  # a mask's words do not cross rows
+    longest = max(PLACES, RUN // C) // tile * tile
+    begin, length, weight, places = channels.cut(*runs, longest)
+    tasks = min(TASKS, max(1, places * C // TASK), max(1, len(begin)))
+    return Work(begin, length, weight, tile, tasks, places * C >= PARALLEL)
 
 
 @lru_cache(maxsize=1024)
@@ -63,76 +93,130 @@ def work_everywhere(layout: Layout, masked: bool) -> Work:
     return work_at(layout, Runs(begin, np.full(layout.N, layout.S), np.ones(layout.N)), masked)
 
 
-def draw_moments(values: np.ndarray, x: np.ndarray, work: Work, weigh: float) -> None:
-    """values[0], values[1] = mean and var of the work's places, whose weights sum to 1 / ``weigh``."""
-    last, C, S, tile = work.sizes[:4]
-    shift = channels.shifts(x, work.begin, work.length, last, C, S, tile)
-    partial = np.zeros((2, work.blocks, C))
-    work.run(
-        kernels.sums, partial, None, None, None, x, None, shift, shift, shift, work.begin, work.length,
-        work.weight * weigh, None,
-    )  # fmt: skip
-    channels.finish_moments(values, partial, shift)
-
-
-def normalize(
-    y: np.ndarray,
-    mask: np.ndarray | None,
+def forward(
+    y: np.ndarray | None,
     x: np.ndarray,
+    layout: Layout,
     residual: np.ndarray | None,
-    coefficients: Coefficients,
+    values: np.ndarray,
+    mask: np.ndarray | None,
+    parameters: tuple[Any, ...],
     relu: bool,
-    work: Work,
+    runs: Runs,
+    weigh: float,
 ) -> None:
-    """Write y, and the mask's bits."""
-    work.run(
-        kernels.normalize, y, mask, x, residual, *coefficients, work.begin, work.length, relu or None
-    )
+    """Write y, values and the mask, of memory flat and ``parameters`` in the order of finish_forward's.
+
+    The runs' weights sum to 1 / ``weigh``; without runs the statistics are the prior's. Without a y the
+    statistics are all.
+    """
+    stream = y is not None and _streams(y, layout)
+    if not layout.last:
+        cut = cut_first(layout)
+        threads.run(
+            channels_first.forward, cut.tasks, cut.parallel, y, mask, x, residual, values, parameters, *runs,
+            weigh, relu or None, cut.short, stream, layout.N, layout.C, layout.S, cut.group,
+        )  # fmt: skip
+        return
+    C = layout.C
+    everywhere = work_everywhere(layout, mask is not None)
+    values[:2] = 0
+    if len(runs.begin):
+        work = work_at(layout, runs, False)
+        shift = channels.shifts(x, work.begin, work.length, C, layout.S, work.tile)
+        partial = np.zeros((2, work.tasks, C))
+        work.run(
+            channels_last.sums, C, partial, None, None, None, x, None, shift, shift, shift, work.begin,
+            work.length, work.weight * weigh, None, False,
+        )  # fmt: skip
+        channels.finish_moments(values, partial, shift)
+    channels.finish_forward(values, x, parameters, 0, C)
+    if y is not None:
+        coefficients = channels.coefficients(values, x, everywhere.tile)
+        everywhere.run(
+            channels_last.normalize, C, y, mask, x, residual, *coefficients, everywhere.begin,
+            everywhere.length, relu or None, stream,
+        )  # fmt: skip
 
 
-def sums(
+def backward(
     dx: np.ndarray | None,
     dresidual: np.ndarray | None,
     dy: np.ndarray,
     x: np.ndarray,
+    layout: Layout,
     mask: np.ndarray | None,
-    coefficients: Coefficients,
+    values: np.ndarray,
+    total: np.ndarray,
+    dweight: np.ndarray,
+    dbias: np.ndarray,
     relu: bool,
-    work: Work,
-) -> np.ndarray:
-    """Return the blocks' weighted sums of g and g * (x - shift); write dx and dresidual."""
-    partial = np.zeros((2, work.blocks, work.sizes[1]))
-    work.run(
-        kernels.sums, partial, dx, dresidual, dy, x, mask, *coefficients, work.begin, work.length,
-        work.weight, relu or None,
-    )  # fmt: skip
-    return partial
-
-
-def repair(
-    dx: np.ndarray,
-    dresidual: np.ndarray | None,
-    dy: np.ndarray,
-    x: np.ndarray,
-    mask: np.ndarray | None,
-    coefficients: Coefficients,
-    slopes: tuple[np.ndarray, ...],
-    relu: bool,
-    work: Work,
+    runs: Runs,
+    full: bool,
+    scale: float,
 ) -> None:
-    """Write dx (and dresidual) at the places of the work, of weights p; slopes are the kernel's k0 and k1."""
-    work.run(
-        kernels.repair, dx, dresidual, dy, x, mask, *coefficients, *slopes, work.begin, work.length,
-        work.weight.astype(coefficients[0].dtype), relu or None,
-    )  # fmt: skip
+    """Write dx, dresidual, dweight and dbias.
+
+    Args:
+        total: (2, C) float64, where the two sums go, dbias and dweight.
+        runs: the places drawn, ``full`` where they are all; none where no gradient flows through the
+            statistics.
+        scale: 0 for sums over everything; above it, for sums over the runs times it; below, the sums are
+            given in total, and only dx at the runs is written.
+    """
+    stream = _streams(x, layout)
+    repairs = dx is not None and len(runs.begin) > 0
+    if not layout.last:
+        cut = cut_first(layout)
+        threads.run(
+            channels_first.backward, cut.tasks, cut.parallel, dx, dresidual, dy, x, mask, values, total,
+            dweight, dbias, *runs, scale, full, repairs, relu or None, cut.short, stream, layout.N, layout.C,
+            layout.S, cut.group,
+        )  # fmt: skip
+        return
+    C = layout.C
+    everywhere = work_everywhere(layout, mask is not None)
+    places = work_at(layout, runs, mask is not None)
+    coefficients = channels.coefficients(values, x, everywhere.tile)
+
+    def sums(written: tuple[Any, Any], work: Work, weight: np.ndarray) -> np.ndarray:
+        partial = np.zeros((2, work.tasks, C))
+        work.run(
+            channels_last.sums, C, partial, *written, dy, x, mask, *coefficients, work.begin, work.length,
+            weight, relu or None, stream,
+        )  # fmt: skip
+        return partial
+
+    dense = full and repairs and scale >= 0  # the repair writes everything
+    if scale >= 0:
+        written = (None, None) if dense else (dx, dresidual)
+        if scale > 0:
+            partial = sums((None, None), places, places.weight * scale)
+            if written != (None, None):
+                sums(written, everywhere, everywhere.weight)
+        else:
+            partial = sums(written, everywhere, everywhere.weight)
+        channels.finish_backward(total, partial, values, dweight, dbias, 0, C)
+    if repairs:
+        slopes = channels.slopes(total, values, x, places.tile)
+        places.run(
+            channels_last.repair, C, dx, dresidual if dense else None, dy, x, mask, *coefficients, *slopes,
+            places.begin, places.length, places.weight.astype(slopes[0].dtype), relu or None, dense and stream,
+        )  # fmt: skip
 
 
-def mask_for(layout: Layout) -> np.ndarray:
-    """Return memory for one bit per element."""
-    return np.empty(mask_size(layout), np.uint8)
+def _streams(like: np.ndarray, layout: Layout) -> bool:
+    """Whether an output such as this is written past the caches: not where a row's ends could not be."""
+    whole = layout.last or layout.S < SHORT or layout.S % LANES == 0
+    return like.nbytes >= STREAM and (whole or like.itemsize >= 4)
 
 
 def mask_size(layout: Layout) -> int:
-    """Return the bytes of one bit per element; every row begins with a byte of its own."""
-    rows, row = (layout.N * layout.S, layout.C) if layout.last else (layout.N * layout.C, layout.S)
-    return rows * ((row + 7) // 8)
+    """Return the bytes of a mask: a bit per element, in words that no two rows share."""
+    if layout.last:
+        words = layout.N * layout.S * channels_last.row_words(layout.C)
+    else:
+        cut = cut_first(layout)
+        group = cut.group if cut.short else 1
+        words = layout.N * channels_first.sample_words(layout.C, layout.S, group)
+    return 2 * words + 2  # bits are read two words at a time

@@ -12,9 +12,9 @@ import numpy as np
 
 from sbncore.arrays import PARAMETER, borrow, element_type, widen, writeable
 from sbncore.checks import Parameters, Running
-from sbncore.cpu import channels, engine
+from sbncore.cpu import engine
 from sbncore.layout import Layout
-from sbncore.plans import Plan
+from sbncore.plans import Plan, Runs
 from sbncore.saved import ROWS, Kept, Saved
 from sbncore.statistics import Given, Moments
 
@@ -44,13 +44,8 @@ def moments(x: np.ndarray, layout: Layout, plan: Plan, prior: Given | None) -> M
     """Return the moments of the places drawn, mixed with the prior."""
     plan, values = plan.now(), np.empty((ROWS, layout.C))
     count = plan.count_beside(prior, x.size)
-    if plan.prior < 1 and x.size:
-        places = engine.work_at(layout, plan.runs, masked=False)
-        engine.draw_moments(values, x, places, 1 / (1 - plan.prior))
-    else:
-        values[:2] = 0
     parameters, _ = _parameters(x, plan, prior, Parameters(x, layout), 1.0, None, count)
-    channels.finish_forward(values, x, *parameters, 1)
+    engine.forward(None, x, layout, None, values, None, parameters, False, *_drawn(plan, x))
     return values[0], values[1], count
 
 
@@ -71,7 +66,7 @@ def forward(
     values = np.empty((ROWS, layout.C)) if kept is None else kept.values
     mask = None
     if relu and given.residual is not None:
-        mask = engine.mask_for(layout) if kept is None else kept.mask
+        mask = np.empty(engine.mask_size(layout), np.uint8) if kept is None else kept.mask
     count = plan.count_beside(prior, x.size)
     running = running if x.size else None  # an empty batch moves nothing
     _normalize(y, x, layout, plan, prior, given, eps, relu, values, mask, running, count)
@@ -100,14 +95,13 @@ def backward(
         for p in (saved.weight, saved.bias)
     )
     if x.size:
-        plan, masked = state.plan, state.mask is not None
-        places = scale = None
+        plan, runs, scale = state.plan, engine.NOWHERE, 0.0
         if gradient != "detached" and plan.parts:  # it flows through the statistics
-            places = engine.work_at(layout, plan.runs, masked)
-            scale = layout.N * layout.S / (1 - plan.prior) if gradient == "sampled" else None
-        run_backward(
-            dx, dresidual, dy, x, state.mask, state.values, dweight, dbias, saved.relu,
-            engine.work_everywhere(layout, masked), places, plan.full, scale,
+            runs = plan.runs
+            scale = layout.N * layout.S / (1 - plan.prior) if gradient == "sampled" else 0.0
+        engine.backward(
+            dx, dresidual, dy, x, layout, state.mask, state.values, np.empty((2, layout.C)), dweight, dbias,
+            saved.relu, runs, plan.full, scale,
         )  # fmt: skip
     return None if saved.weight is None else dweight, None if saved.bias is None else dbias
 
@@ -116,74 +110,13 @@ def repair(
     dx: np.ndarray, dy: np.ndarray, saved: Saved, dweight: np.ndarray, dbias: np.ndarray
 ) -> None:
     """Write dx at the places drawn, from the given sums of g and g * xhat over everything."""
-    state = saved.state
-    if saved.x.size and state.plan.parts:
-        work = engine.work_at(saved.layout, state.plan.runs, state.mask is not None)
+    state, x, absent = saved.state, saved.x, _absent(saved.x)
+    if x.size and state.plan.parts:
         total = np.stack([widen(dbias), widen(dweight)])
-        coefficients = channels.coefficients(state.values, saved.x, work.tile)
-        slopes = channels.slopes(total, state.values, saved.x, work.tile)
-        engine.repair(dx, None, dy, saved.x, state.mask, coefficients, slopes, saved.relu, work)
-
-
-def run_forward(
-    y: np.ndarray,
-    x: np.ndarray,
-    residual: np.ndarray | None,
-    values: np.ndarray,
-    mask: np.ndarray | None,
-    parameters: tuple[Any, ...],
-    relu: bool,
-    everywhere: engine.Work,
-    places: engine.Work | None,
-    weigh: float,
-) -> None:
-    """Write y, values and the mask, of memory flat and ``parameters`` in the order of finish_forward's.
-
-    ``places`` are those drawn, of weights that sum to 1 / ``weigh``; None where the statistics are given.
-    """
-    if places is None:
-        values[:2] = 0
-    else:
-        engine.draw_moments(values, x, places, weigh)
-    coefficients = channels.finish_forward(values, x, *parameters, everywhere.tile)
-    engine.normalize(y, mask, x, residual, coefficients, relu, everywhere)
-
-
-def run_backward(
-    dx: np.ndarray | None,
-    dresidual: np.ndarray | None,
-    dy: np.ndarray,
-    x: np.ndarray,
-    mask: np.ndarray | None,
-    values: np.ndarray,
-    dweight: np.ndarray,
-    dbias: np.ndarray,
-    relu: bool,
-    everywhere: engine.Work,
-    places: engine.Work | None,
-    full: bool,
-    scale: float | None,
-) -> None:
-    """Write dx, dresidual, dweight and dbias.
-
-    ``places`` are those drawn, ``full`` where all are; None where no gradient flows through the statistics.
-    ``scale``: for sums estimated from these places, by how much; None for sums of all.
-    """
-    # the places' rows are as long as the others
-    coefficients = channels.coefficients(values, x, everywhere.tile)
-    inputs: tuple[Any, Any, Any, Any] = dy, x, mask, coefficients
-    dense = places is not None and full and dx is not None  # the repair writes everything
-    written = (None, None) if dense else (dx, dresidual)
-    if places is not None and scale is not None:
-        sums = engine.sums(None, None, *inputs, relu, places._replace(weight=places.weight * scale))
-        if any(array is not None for array in written):
-            engine.sums(*written, *inputs, relu, everywhere)
-    else:
-        sums = engine.sums(*written, *inputs, relu, everywhere)
-    total = channels.finish_backward(sums, values, dweight, dbias)
-    if places is not None and dx is not None:
-        slopes = channels.slopes(total, values, x, places.tile)
-        engine.repair(dx, dresidual if dense else None, *inputs, slopes, relu, places)
+        engine.backward(
+            dx, None, dy, x, saved.layout, state.mask, state.values, total, absent, absent, saved.relu,
+            state.plan.runs, state.plan.full, -1.0,
+        )  # fmt: skip
 
 
 def _normalize(
@@ -200,14 +133,16 @@ def _normalize(
     running: Running | None,
     count: float,
 ) -> None:
-    places = engine.work_at(layout, plan.runs, masked=False) if plan.prior < 1 and x.size else None
     parameters, copies = _parameters(x, plan, prior, given, eps, running, count)
-    weigh = 1 / (1 - plan.prior) if places is not None else 0.0
     residual = None if given.residual is None else layout.flatten(given.residual)
-    everywhere = engine.work_everywhere(layout, mask is not None)
-    run_forward(y, x, residual, values, mask, parameters, relu, everywhere, places, weigh)
+    engine.forward(y, x, layout, residual, values, mask, parameters, relu, *_drawn(plan, x))
     for array, copy in copies:
         array[...] = copy
+
+
+def _drawn(plan: Plan, x: np.ndarray) -> tuple[Runs, float]:
+    """The places the moments are of, and what makes their weights' sum 1."""
+    return (plan.runs, 1 / (1 - plan.prior)) if plan.prior < 1 and x.size else (engine.NOWHERE, 0.0)
 
 
 def _parameters(

@@ -6,11 +6,12 @@ of them, or a forked child another; and one compilation serves the serial and th
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+import numpy as np
 
 
 def _available() -> int:
@@ -47,24 +48,23 @@ def set_num_threads(count: int) -> None:
 
 
 def run(kernel: Callable[..., None], tasks: int, parallel: bool, *arguments: Any) -> None:
-    """Call ``kernel(*arguments, first, end)`` over blocks of the tasks, on all threads if ``parallel``."""
+    """Call ``kernel(*arguments, counter)``, on all threads if ``parallel``; each takes tasks by counting."""
     global _pool
+    counter = np.zeros(1, np.int64)
     threads = min(_threads, tasks) if parallel else 1
     if threads == 1:
-        kernel(*arguments, 0, tasks)
+        kernel(*arguments, counter)
         return
     pool = _pool
     if pool is None:
         pool = _pool = ThreadPoolExecutor(_threads, thread_name_prefix="sbncore")
-    edges = [tasks * t // threads for t in range(threads + 1)]
-    others = [
-        pool.submit(kernel, *arguments, *edge) for edge in itertools.pairwise(edges[1:])
-    ]
+    others = [pool.submit(kernel, *arguments, counter) for _ in range(threads - 1)]
     try:
-        kernel(*arguments, edges[0], edges[1])
+        kernel(*arguments, counter)
     finally:
-        for other in others:  # the arrays must outlive every thread that works on them
-            other.result()
+        for other in others:  # one that has not begun by now finds no task
+            if not other.cancel():
+                other.result()
 
 
 def _forget() -> None:

@@ -1,0 +1,253 @@
+"""The kernels over channels-first memory, (N, C, S): a whole call in one pass over blocks of channels.
+
+Nothing crosses channels, so a task is a block of them: moments, what is between, and the passes that write,
+while the block is still in a cache. So even full batch normalization reads memory once. The blocks depend on
+the shape alone, and all sums of a channel are one task's: results do not depend on the threads.
+
+A *segment* is one sample's maps of a block. Where maps are ``short`` it is one row, with the coefficients
+spelled out for each of its elements; else each map is a row of its own. ``short`` is None or True.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sbncore.cpu.channels import finish_backward, finish_forward, finish_moments, shift_of, slopes_of
+from sbncore.cpu.compiled import jit
+from sbncore.cpu.elements import cast, zero
+from sbncore.cpu.lanes import LANES, aligned, claim, fence
+from sbncore.cpu.rows import normalize_row, repair_row, sums_row, sums_rows
+
+DEPTH = 4  # samples whose short maps are summed side by side
+FLUSH = 64  # samples that are summed in float32
+
+
+@jit()
+def sample_words(C, S, group):
+    """How many words of a mask a sample has: segments of ``group`` channels share none."""
+    return C * S // LANES + 2 * ((C + group - 1) // group)
+
+
+@jit()
+def words_at(n, c, C, S, group):
+    """What w is in a mask's row."""
+    return n * sample_words(C, S, group) + 2 * (c // group) - (n * C * S >> 4)
+
+
+@jit()
+def spell(rows, k, values, c0, c1, S):
+    """rows[k] = a block's values, each S times over."""
+    for c in range(c0, c1):
+        rows[k, (c - c0) * S : (c - c0 + 1) * S] = values[c]
+
+
+@jit()
+def rows_of(short, x, size):
+    """Room for what is spelled out: 3 coefficients, the 2 slopes, and 2 rows of sums."""
+    return np.full((7, 0 if short is None else size), zero(x))
+
+
+@jit()
+def forward(
+    y, mask, x, residual, values, parameters, begin, length, weight, weigh, relu, short, stream, N, C, S, group,
+    counter,
+):  # fmt: skip
+    """y = act(z), and where a mask is given the bits of z > 0; the statistics, in values and the running ones.
+
+    The statistics are of the runs, whose weights sum to 1 / ``weigh``; without runs they are the prior's.
+    Without a y nothing is normalized.
+    """
+    if y is not None:
+        stream = stream and aligned(y)
+    spelled = rows_of(short, x, group * S)
+    while True:
+        c0 = claim(counter) * group
+        if c0 >= C:
+            break
+        c1 = min(C, c0 + group)
+        values[:2, c0:c1] = 0
+        if len(begin) > 0:
+            draw_moments(values, x, begin, length, weight, weigh, C, S, c0, c1)
+        finish_forward(values, x, parameters, c0, c1)
+        if y is not None:
+            if short is not None:
+                for k in range(3):
+                    spell(spelled, k, values[3 + k], c0, c1, S)
+            for n in range(N):
+                if short is not None:
+                    o, m = (n * C + c0) * S, (c1 - c0) * S
+                    normalize_row(
+                        y, mask, x, residual, words_at(n, c0, C, S, group), o, o + m, spelled[0, :m],
+                        spelled[1, :m], spelled[2, :m], relu, stream,
+                    )  # fmt: skip
+                else:
+                    for c in range(c0, c1):
+                        o = (n * C + c) * S
+                        normalize_row(
+                            y, mask, x, residual, words_at(n, c, C, S, 1), o, o + S, cast(x, values[3, c]),
+                            cast(x, values[4, c]), cast(x, values[5, c]), relu, stream,
+                        )  # fmt: skip
+    if stream:
+        fence()
+
+
+@jit()
+def draw_moments(values, x, begin, length, weight, weigh, C, S, c0, c1):
+    """values[0], values[1] = mean and var of the runs' places, about a shift of the block's own."""
+    shift = np.empty(c1 - c0)
+    partial = np.zeros((2, 1, c1 - c0))
+    for c in range(c0, c1):
+        shift[c - c0] = shift_of(x, begin, length, c, C, S, None)
+    for r in range(len(begin)):
+        n = begin[r] // S
+        p = weight[r] * weigh
+        for c in range(c0, c1):
+            o = begin[r] + (n * (C - 1) + c) * S
+            a, b = sums_row(
+                None, x, None, 0, o, o + length[r], cast(x, shift[c - c0]), zero(x), zero(x), None, S
+            )
+            partial[0, 0, c - c0] += p * a
+            partial[1, 0, c - c0] += p * b
+    finish_moments(values[:, c0:c1], partial, shift)
+
+
+@jit()
+def backward(
+    dx, dresidual, dy, x, mask, values, total, dweight, dbias, begin, length, weight, scale, full, repairs, relu,
+    short, stream, N, C, S, group, counter,
+):  # fmt: skip
+    """dx = scale * g - p * (k0 + k1 * (x - shift)) where p is not 0, in the runs (if ``repairs``); dresidual = g.
+
+    The two sums, dbias and dweight, are over everything, or if ``scale`` is not 0 over the runs, times it; if it
+    is below 0 they are given in ``total``, and nothing but the runs is written. ``full``: the runs are everything.
+    """
+    if dx is not None or dresidual is not None:
+        stream = stream and aligned(dx) and aligned(dresidual)
+    writes = (dx is not None or dresidual is not None) and scale >= 0
+    dense = full and repairs and writes
+    sums = np.zeros((2, 1, group))
+    spelled = rows_of(short, x, group * S)
+    totals = spelled[5:]
+    while True:
+        c0 = claim(counter) * group
+        if c0 >= C:
+            break
+        c1 = min(C, c0 + group)
+        m = (c1 - c0) * S
+        sums[:] = 0
+        if short is not None:
+            for k in range(3):
+                spell(spelled, k, values[3 + k], c0, c1, S)
+        if scale > 0:
+            for r in range(len(begin)):
+                n = begin[r] // S
+                for c in range(c0, c1):
+                    o = begin[r] + (n * (C - 1) + c) * S
+                    add_row(
+                        sums, dy, x, mask, values, n, c, c0, o, o + length[r], scale * weight[r], relu, short,
+                        C, S, group,
+                    )  # fmt: skip
+        rows = DEPTH if short is not None and scale == 0 else 1
+        for n in range(0, N if scale == 0 or (writes and not dense) else 0, rows):
+            after = min(n + rows, N)
+            if scale == 0:
+                if short is not None:
+                    sums_rows(
+                        (totals[0], totals[1]), dy, x, mask, n * sample_words(C, S, group) + 2 * (c0 // group),
+                        sample_words(C, S, group), n * C * S, (n * C + c0) * S, m, C * S, after - n,
+                        spelled[0, :m], spelled[1, :m], spelled[2, :m], relu,
+                    )  # fmt: skip
+                    if after == N or after % FLUSH == 0:
+                        flush(sums, totals, c1 - c0, S)
+                else:
+                    for c in range(c0, c1):
+                        o = (n * C + c) * S
+                        add_row(
+                            sums, dy, x, mask, values, n, c, c0, o, o + S, 1.0, relu, short, C, S, group
+                        )
+            if writes and not dense:
+                for q in range(n, after):
+                    write_segment(
+                        dx, dresidual, dy, x, mask, values, spelled, q, c0, c1, None, None, relu, short, stream, C,
+                        S, group,
+                    )  # fmt: skip
+        if scale >= 0:
+            finish_backward(total, sums, values, dweight, dbias, c0, c1)
+        if repairs:
+            slopes = slopes_of(total, values, c0, c1)
+            if dense:
+                p = cast(x, weight[0])
+                if short is not None:
+                    for k in range(2):
+                        spell(spelled, 3 + k, slopes[k], 0, c1 - c0, S)
+                for n in range(N):
+                    write_segment(
+                        dx, dresidual, dy, x, mask, values, spelled, n, c0, c1, slopes, p, relu, short, stream, C, S,
+                        group,
+                    )  # fmt: skip
+            else:
+                for r in range(len(begin)):
+                    n = begin[r] // S
+                    for c in range(c0, c1):
+                        o = begin[r] + (n * (C - 1) + c) * S
+                        repair_row(
+                            dx, None, dy, x, mask, words_at(n, c, C, S, 1 if short is None else group), o,
+                            o + length[r], cast(x, values[3, c]), cast(x, values[4, c]), cast(x, values[5, c]),
+                            cast(x, slopes[0, c - c0]), cast(x, slopes[1, c - c0]), cast(x, weight[r]), relu, False,
+                        )  # fmt: skip
+    if stream and writes:
+        fence()
+
+
+@jit()
+def add_row(sums, dy, x, mask, values, n, c, c0, o, end, p, relu, short, C, S, group):
+    """Add p times a row's sums to those of its channel."""
+    w = words_at(n, c, C, S, 1 if short is None else group)
+    a, b = sums_row(
+        dy, x, mask, w, o, end, cast(x, values[3, c]), cast(x, values[4, c]), cast(x, values[5, c]), relu, 0
+    )
+    sums[0, 0, c - c0] += p * a
+    sums[1, 0, c - c0] += p * b
+
+
+@jit()
+def flush(sums, totals, channels, S):
+    """Add up what each place of short maps was summed to."""
+    for k in range(2):
+        for c in range(channels):
+            first = 0.0
+            for i in range(c * S, (c + 1) * S):
+                first += totals[k, i]
+            sums[k, 0, c] += first
+    totals[:] = 0
+
+
+@jit()
+def write_segment(
+    dx, dresidual, dy, x, mask, values, spelled, n, c0, c1, slopes, p, relu, short, stream, C, S, group
+):  # fmt: skip
+    """`repair_row` over a segment; without slopes all of p is 0."""
+    if short is not None:
+        o, m = (n * C + c0) * S, (c1 - c0) * S
+        w = words_at(n, c0, C, S, group)
+        shift, scale, offset = spelled[0, :m], spelled[1, :m], spelled[2, :m]
+        if slopes is None:
+            repair_row(
+                dx, dresidual, dy, x, mask, w, o, o + m, shift, scale, offset, None, None, p, relu, stream
+            )
+        else:
+            k0, k1 = spelled[3, :m], spelled[4, :m]
+            repair_row(dx, dresidual, dy, x, mask, w, o, o + m, shift, scale, offset, k0, k1, p, relu, stream)
+    else:
+        for c in range(c0, c1):
+            o, w = (n * C + c) * S, words_at(n, c, C, S, 1)
+            shift, scale, offset = cast(x, values[3, c]), cast(x, values[4, c]), cast(x, values[5, c])
+            if slopes is None:
+                repair_row(
+                    dx, dresidual, dy, x, mask, w, o, o + S, shift, scale, offset, None, None, p, relu, stream
+                )
+            else:
+                k0, k1 = cast(x, slopes[0, c - c0]), cast(x, slopes[1, c - c0])
+                repair_row(
+                    dx, dresidual, dy, x, mask, w, o, o + S, shift, scale, offset, k0, k1, p, relu, stream
+                )

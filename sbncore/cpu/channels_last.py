@@ -1,0 +1,137 @@
+"""The kernels over channels-last memory, (N, S, C): each one pass over runs of places.
+
+A row is all channels of ``tile`` consecutive places, with coefficients repeated ``tile`` times, so that a few
+channels still make a long row. A task is a block of the runs and writes places, or a row of the partial sums,
+of its own; the blocks depend on the shape alone, so results do not depend on the threads. Sums are float32
+(float64 for float64) within a run, float64 beyond.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sbncore.cpu.compiled import jit
+from sbncore.cpu.lanes import LANES, aligned, claim, fence
+from sbncore.cpu.rows import normalize_row, repair_row, sums_rows
+
+DEPTH = 4  # rows that are summed side by side, so that their sums stay in registers
+
+
+@jit()
+def row_words(C):
+    """How many words of a mask a place has, all its own."""
+    return C // LANES + 2 * (C % LANES != 0)
+
+
+@jit()
+def block(count, blocks, t):
+    """The t-th of nearly equal blocks of 0 .. count-1."""
+    return count * t // blocks, count * (t + 1) // blocks
+
+
+@jit()
+def sums(
+    partial, dx, dresidual, dy, x, mask, shift, scale, offset, begin, length, weight, relu, stream, C, tile,
+    tasks, counter,
+):  # fmt: skip
+    """partial[:, task] = weighted sums of g and g * (x - shift); dx = scale * g, dresidual = g where given.
+
+    Reads dy and x, writes dx and dresidual (past the caches if ``stream``), once, in the given runs. As
+    ``g = x - shift`` (no dy), the sums are the first two moments about shift.
+    """
+    writes = dx is not None or dresidual is not None
+    stream = stream and aligned(dx) and aligned(dresidual)
+    words, m = row_words(C), tile * C
+    totals = np.zeros((2, m), shift.dtype)
+    both = totals[0], totals[1]
+    while True:
+        t = claim(counter)
+        if t >= tasks:
+            break
+        r0, r1 = block(len(begin), tasks, t)
+        for r in range(r0, r1):
+            first, end = begin[r], begin[r] + length[r]
+            while first < end:
+                rows = min(DEPTH, (end - first) // tile)
+                if rows > 0:
+                    last = first + rows * tile
+                    sums_rows(
+                        both, dy, x, mask, first * words, tile * words, first * C, first * C, m, m, rows, shift,
+                        scale, offset, relu,
+                    )  # fmt: skip
+                else:
+                    last = end
+                    sums_rows(
+                        both, dy, x, mask, first * words, 0, first * C, first * C, (end - first) * C, 0, 1, shift,
+                        scale, offset, relu,
+                    )  # fmt: skip
+                if writes:
+                    while first < last:
+                        k = min(tile, last - first)
+                        repair_row(
+                            dx, dresidual, dy, x, mask, first * words - (first * C >> 4), first * C,
+                            (first + k) * C, shift, scale, offset, None, None, None, relu, stream,
+                        )  # fmt: skip
+                        first += k
+                first = last
+            for i in range(min(tile, length[r])):
+                for c in range(C):
+                    partial[0, t, c] += weight[r] * totals[0, i * C + c]
+                    partial[1, t, c] += weight[r] * totals[1, i * C + c]
+            totals[:] = 0
+    if stream and writes:
+        fence()
+
+
+@jit()
+def normalize(
+    y, mask, x, residual, shift, scale, offset, begin, length, relu, stream, C, tile, tasks, counter
+):  # fmt: skip
+    """y = act(z) in the given runs, and where a mask is given the bits of z > 0.
+
+    Reads x and residual, writes y, once.
+    """
+    stream = stream and aligned(y)
+    words = row_words(C)
+    while True:
+        t = claim(counter)
+        if t >= tasks:
+            break
+        r0, r1 = block(len(begin), tasks, t)
+        for r in range(r0, r1):
+            for p in range(0, length[r], tile):
+                row = begin[r] + p
+                normalize_row(
+                    y, mask, x, residual, row * words - (row * C >> 4), row * C,
+                    (row + min(tile, length[r] - p)) * C, shift, scale, offset, relu, stream,
+                )  # fmt: skip
+    if stream:
+        fence()
+
+
+@jit()
+def repair(
+    dx, dresidual, dy, x, mask, shift, scale, offset, k0, k1, begin, length, weight, relu, stream, C, tile,
+    tasks, counter,
+):  # fmt: skip
+    """dx = scale * g - p * (k0 + k1 * (x - shift)) in the given runs; dresidual = g where given.
+
+    Reads dy and x, writes dx and dresidual, once. k0 = scale * (dbias - (mean - shift) * rstd * dweight) and
+    k1 = scale * rstd * dweight make the bracket of the exact gradient.
+    """
+    stream = stream and aligned(dx) and aligned(dresidual)
+    words = row_words(C)
+    while True:
+        t = claim(counter)
+        if t >= tasks:
+            break
+        r0, r1 = block(len(begin), tasks, t)
+        for r in range(r0, r1):
+            for p in range(0, length[r], tile):
+                row = begin[r] + p
+                repair_row(
+                    dx, dresidual, dy, x, mask, row * words - (row * C >> 4), row * C,
+                    (row + min(tile, length[r] - p)) * C, shift, scale, offset, k0, k1, weight[r], relu, stream,
+                )  # fmt: skip
+    if stream:
+        fence()

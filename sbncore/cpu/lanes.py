@@ -1,0 +1,325 @@
+"""Vectors of 16 lanes, for kernels that say how they are vectorized: Numba's loops leave it to LLVM.
+
+LLVM makes of them what the CPU has: one AVX-512 register, two of AVX2, four of NEON or SSE, else scalars. The
+lanes, and so the order of sums, are the same everywhere. ``keep`` is the lanes that take part, (first, end);
+None is all of them.
+
+Streamed (non-temporal) stores write past the caches, without reading first what they overwrite.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.datamodel import models
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.extending import intrinsic, lower_builtin, register_model
+
+from sbncore.cpu.elements import compute_type, narrow, pointer, widen
+
+LANES = 16
+STREAMED = 16  # bytes: the alignment that a streamed store needs
+I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+FLOAT, DOUBLE = ir.FloatType(), ir.DoubleType()
+
+
+class Vector(types.Type):
+    """16 values of the type elements are computed in."""
+
+    def __init__(self, dtype: types.Float) -> None:
+        super().__init__(f"Vector({dtype})")
+        self.dtype = dtype
+
+
+class Bits(types.Type):
+    """16 truth values."""
+
+    def __init__(self) -> None:
+        super().__init__("Bits")
+
+
+def _vector(kind: Any) -> ir.VectorType:
+    return ir.VectorType(DOUBLE if kind == types.float64 else FLOAT, LANES)
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, kind: Vector) -> None:
+        super().__init__(manager, kind, _vector(kind.dtype))
+
+
+@register_model(Bits)
+class _BitsModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, kind: Bits) -> None:
+        super().__init__(manager, kind, ir.VectorType(I1, LANES))
+
+
+def _define(function: Any, instruction: str) -> None:
+    class Operator(AbstractTemplate):
+        def generic(self, args: Any, kws: Any) -> Any:
+            if len(args) == 2 and isinstance(args[0], Vector) and args[0] == args[1]:
+                return signature(args[0], *args)
+            return None
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return getattr(builder, instruction)(*args)
+
+    infer_global(function)(Operator)
+    lower_builtin(function, Vector, Vector)(lower)
+
+
+for _function, _instruction in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul")):
+    _define(_function, _instruction)
+
+
+_SUFFIX = {I16: "i16", FLOAT: "f32", DOUBLE: "f64"}
+
+
+def _within(builder: Any, keep: Any) -> Any:
+    lanes = ir.Constant(ir.VectorType(I64, LANES), [ir.Constant(I64, k) for k in range(LANES)])
+    first, end = (_splat(builder, builder.extract_value(keep, k)) for k in range(2))
+    begun = builder.icmp_signed(">=", lanes, first)
+    return builder.and_(begun, builder.icmp_signed("<", lanes, end))
+
+
+def _load(context: Any, builder: Any, array: Any, value: Any, index: Any, keep: Any) -> Any:
+    vector = ir.VectorType(context.get_data_type(array.dtype), LANES)
+    size = array.dtype.bitwidth // 8
+    place = builder.bitcast(pointer(context, builder, array, value, index), vector.as_pointer())
+    if isinstance(keep.type, ir.ArrayType):
+        align, blank = ir.Constant(I32, size), ir.Constant(vector, None)
+        name = f"llvm.masked.load.v{LANES}{_SUFFIX[vector.element]}.p0"
+        lanes = _within(builder, keep)
+        kind = ir.FunctionType(vector, [place.type, I32, lanes.type, vector])
+        load = cgutils.get_or_insert_function(builder.module, kind, name)
+        return builder.call(load, [place, align, lanes, blank])
+    loaded = builder.load(place)
+    loaded.align = size
+    return loaded
+
+
+@intrinsic
+def load_lanes(typingctx: Any, array: Any, index: Any, keep: Any) -> tuple[Any, Callable[..., Any]]:
+    """Elements from ``index`` on, widened to the type they are computed in; 0 in lanes not kept."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return widen(builder, array, _load(context, builder, array, *args), LANES)
+
+    return Vector(compute_type(array))(array, types.intp, keep), codegen
+
+
+@intrinsic
+def at(typingctx: Any, coefficient: Any, index: Any, keep: Any) -> tuple[Any, Callable[..., Any]]:
+    """A channel's coefficient in all lanes, or an array's from ``index`` on."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        if isinstance(coefficient, types.Array):
+            return _load(context, builder, coefficient, *args)
+        return _splat(builder, args[0])
+
+    kind = coefficient.dtype if isinstance(coefficient, types.Array) else coefficient
+    return Vector(kind)(coefficient, types.intp, keep), codegen
+
+
+@intrinsic
+def store_lanes(
+    typingctx: Any, array: Any, index: Any, value: Any, keep: Any, stream: Any
+) -> tuple[Any, Callable[..., Any]]:
+    """Round to nearest even and write as elements from ``index`` on, past the caches if ``stream``.
+
+    A streamed store of all lanes begins at a multiple of STREAMED bytes. The lanes of a part are written one
+    by one: that is quicker than a masked store, and streamed ones meet those of the next row in the CPU's
+    buffer. There are no streamed stores of 16 bits.
+    """
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        value, size = narrow(builder, array, args[2], LANES), array.dtype.bitwidth // 8
+        first = pointer(context, builder, array, *args[:2])
+
+        def write(what: Any, place: Any, streamed: bool) -> None:
+            store = builder.store(what, builder.bitcast(place, what.type.as_pointer()))
+            store.align = STREAMED if streamed and what is value else size
+            if streamed:
+                store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(I32, 1)]))
+
+        def write_all(streamed: bool) -> None:
+            if not isinstance(keep, types.UniTuple):
+                write(value, first, streamed)
+                return
+            lanes = cgutils.alloca_once(builder, value.type)
+            builder.store(value, lanes)
+            elements = builder.bitcast(lanes, value.type.element.as_pointer())
+            begin, end = (builder.extract_value(args[3], k) for k in range(2))
+            count = builder.sub(end, begin)
+            with cgutils.for_range(builder, count) as loop:
+                lane = builder.add(begin, loop.index)
+                one = builder.load(builder.gep(elements, [lane]))
+                write(one, cgutils.gep_inbounds(builder, first, lane), streamed and size >= 4)
+
+        if isinstance(stream, types.Boolean):
+            with builder.if_else(args[4]) as (streamed, cached):
+                with streamed:
+                    write_all(True)
+                with cached:
+                    write_all(False)
+        else:
+            write_all(False)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, Vector(compute_type(array)), keep, stream), codegen
+
+
+@intrinsic
+def aligned(typingctx: Any, array: Any) -> tuple[Any, Callable[..., Any]]:
+    """Whether an array begins where a store may be streamed; None does."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        if not isinstance(array, types.Array):
+            return ir.Constant(I1, 1)
+        zero = ir.Constant(context.get_value_type(types.intp), 0)
+        begin = builder.ptrtoint(pointer(context, builder, array, args[0], zero), I64)
+        rest = builder.and_(begin, ir.Constant(I64, STREAMED - 1))
+        return builder.icmp_unsigned("==", rest, ir.Constant(I64, 0))
+
+    return types.boolean(array), codegen
+
+
+@intrinsic
+def fence(typingctx: Any) -> tuple[Any, Callable[..., Any]]:
+    """Have streamed stores done before anything that follows."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def nothing(typingctx: Any, array: Any) -> tuple[Any, Callable[..., Any]]:
+    """0 in every lane, in the type an array's elements are computed in."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return ir.Constant(_vector(compute_type(array)), None)
+
+    return Vector(compute_type(array))(array), codegen
+
+
+@intrinsic
+def where(typingctx: Any, bits: Any, value: Any) -> tuple[Any, Callable[..., Any]]:
+    """The value in the lanes given, as bits or like ``keep``, and 0 in the others."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        if isinstance(bits, types.NoneType):
+            return args[1]
+        lanes = args[0] if isinstance(bits, Bits) else _within(builder, args[0])
+        return builder.select(lanes, args[1], ir.Constant(args[1].type, None))
+
+    return value(bits, value), codegen
+
+
+@intrinsic
+def above_zero(typingctx: Any, value: Any) -> tuple[Any, Callable[..., Any]]:
+    """Whether a value is greater than 0, or NaN."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.fcmp_unordered("ugt", args[0], ir.Constant(args[0].type, None))
+
+    return Bits()(value), codegen
+
+
+@intrinsic
+def read_bits(typingctx: Any, mask: Any, bit: Any) -> tuple[Any, Callable[..., Any]]:
+    """The 16 bits of a mask from ``bit`` on, lowest first; reads the two words that they may lie in."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        bit = args[1]
+        word = builder.ashr(bit, ir.Constant(bit.type, 4))
+        place = _word(context, builder, mask, args[0], word)
+        both = builder.load(builder.bitcast(place, I32.as_pointer()))
+        both.align = 1
+        shift = builder.trunc(builder.and_(bit, ir.Constant(bit.type, LANES - 1)), I32)
+        bits = builder.trunc(builder.lshr(both, shift), I16)
+        return builder.bitcast(bits, ir.VectorType(I1, LANES))
+
+    return Bits()(mask, types.intp), codegen
+
+
+@intrinsic
+def write_bits(typingctx: Any, mask: Any, word: Any, bits: Any) -> tuple[Any, Callable[..., Any]]:
+    """Set the 16 bits of a mask's ``word``."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        bits = builder.bitcast(args[2], I16)
+        builder.store(bits, _word(context, builder, mask, *args[:2])).align = 1
+        return context.get_dummy_value()
+
+    return types.void(mask, types.intp, bits), codegen
+
+
+@intrinsic
+def total(typingctx: Any, value: Any) -> tuple[Any, Callable[..., Any]]:
+    """The sum of all lanes in float64: of halves, of their halves, and so on."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        value = args[0]
+        if value.type.element != DOUBLE:
+            value = builder.fpext(value, ir.VectorType(DOUBLE, LANES))
+        size = LANES
+        while size > 1:
+            size //= 2
+            upper, lower = (
+                ir.Constant(ir.VectorType(I32, size), [ir.Constant(I32, k + first) for k in range(size)])
+                for first in (size, 0)
+            )
+            blank = ir.Constant(value.type, ir.Undefined)
+            value = builder.fadd(
+                builder.shuffle_vector(value, blank, lower), builder.shuffle_vector(value, blank, upper)
+            )
+        return builder.extract_element(value, ir.Constant(I32, 0))
+
+    return types.float64(value), codegen
+
+
+@intrinsic
+def claim(typingctx: Any, counter: Any) -> tuple[Any, Callable[..., Any]]:
+    """Count a counter up by one and return what it was: to each thread another number."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        zero = ir.Constant(context.get_value_type(types.intp), 0)
+        place = pointer(context, builder, counter, args[0], zero)
+        return builder.atomic_rmw("add", place, ir.Constant(I64, 1), "monotonic")
+
+    return types.int64(counter), codegen
+
+
+@intrinsic
+def prefetch(typingctx: Any, array: Any, index: Any) -> tuple[Any, Callable[..., Any]]:
+    """Begin to read the memory at an element; past an array's end nothing happens."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        memory = context.make_array(array)(context, builder, args[0]).data
+        place = builder.bitcast(builder.gep(memory, [args[1]]), I8.as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [place, *(ir.Constant(I32, k) for k in (0, 3, 1))])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), codegen
+
+
+def _word(context: Any, builder: Any, mask: Any, value: Any, word: Any) -> Any:
+    place = pointer(context, builder, mask, value, builder.mul(word, ir.Constant(word.type, 2)))
+    return builder.bitcast(place, I16.as_pointer())
+
+
+def _splat(builder: Any, scalar: Any) -> Any:
+    vector = ir.VectorType(scalar.type, LANES)
+    blank = ir.Constant(vector, ir.Undefined)
+    one = builder.insert_element(blank, scalar, ir.Constant(I32, 0))
+    return builder.shuffle_vector(one, blank, ir.Constant(ir.VectorType(I32, LANES), None))
