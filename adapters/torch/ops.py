@@ -108,7 +108,7 @@ def outputs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return forward's results, to be written; the moved running statistics are still as they were."""
     state = x.new_empty(ROWS * x.shape[1] + 1, dtype=torch.float64)
-    mask = x.new_empty(_mask_size(x) if relu and residual is not None else 0, dtype=torch.uint8)
+    mask = x.new_zeros(_mask_size(x) if relu and residual is not None else 0, dtype=torch.uint8)
     mean, var = (x.new_empty(0) if r is None else r.clone() for r in running)
     return torch.empty_like(x), state, mask, mean, var
 

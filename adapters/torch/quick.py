@@ -6,9 +6,7 @@ everything at every call, takes whatever else there is, and gives the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,13 +14,12 @@ from torch import Tensor
 
 import sbncore as sbn
 from sbncore.adapters.torch.exchange import empty_like, layout_of
-from sbncore.cpu import draws, engine, phases
+from sbncore.cpu import draws, engine
 from sbncore.layout import Layout
-from sbncore.plans import MapPlaces, Plan, Runs, WholeSamples
+from sbncore.plans import Plan, Runs
 from sbncore.saved import ROWS
 
 BITS = {torch.float16: np.int16, torch.bfloat16: np.uint16}
-Draw = Callable[[int, int, int], Runs]
 
 
 class Call:
@@ -31,23 +28,19 @@ class Call:
     def __init__(self, layout: Layout, dtype: torch.dtype, plan: Plan, masked: bool) -> None:
         self.layout, self.dtype, self.plan = layout, dtype, plan
         self.full, self.channels = plan.full, (layout.C,)
-        self.everywhere = engine.work_everywhere(layout, masked)
         self.masked, self.mask_size = masked, engine.mask_size(layout) if masked else 0
         self.parameter = torch.float64 if dtype == torch.float64 else torch.float32
         self.absent = np.zeros(0, np.float64 if dtype == torch.float64 else np.float32)
         count = plan.effective_count
         self.unbiased = 1 / (1 - 1 / count) if count > 1 else 1.0
         self.weigh = 1 / (1 - plan.prior)
-        self.draw: Draw = draw_of(plan)
-        self.always = None
-        if self.full:
-            self.always = [engine.work_at(layout, plan.runs, each) for each in (False, True)]
+        self.always = plan.runs if self.full else None
 
-    def places(self, seed: int, layer: int, step: int, masked: bool) -> engine.Work:
-        """Return the work at the places drawn."""
+    def runs(self, seed: int, layer: int, step: int) -> Runs:
+        """Return the places drawn."""
         if self.always is not None:
-            return self.always[masked]
-        return engine.work_at(self.layout, self.draw(seed, layer, step), masked)
+            return self.always
+        return draws.places(self.plan.parts[0], draws.stream_key(seed, layer, step, 0), self.plan.S)
 
     def flat(self, tensor: Tensor) -> np.ndarray:
         """Return the memory of a tensor of this shape and format, as the engine takes it."""
@@ -82,7 +75,7 @@ class Call:
         """The operator's results; the running statistics themselves, moved, if ``in_place``."""
         C, prior = self.layout.C, self.plan.prior
         y, state = empty_like(x), torch.empty(ROWS * C + 1, dtype=torch.float64)
-        mask = torch.empty(self.mask_size, dtype=torch.uint8)
+        mask = torch.zeros(self.mask_size, dtype=torch.uint8)  # between rows lie words nobody writes
         if running_mean is None or running_var is None:
             mean, var = torch.empty(0), torch.empty(0)
         elif in_place:
@@ -101,10 +94,10 @@ class Call:
             self.vector(weight), self.vector(bias), *before, prior, eps, *after, momentum, self.unbiased,
             skip_nonfinite,
         )  # fmt: skip
-        phases.run_forward(
-            self.flat(y), self.flat(x), None if residual is None else self.flat(residual),
+        engine.forward(
+            self.flat(y), self.flat(x), self.layout, None if residual is None else self.flat(residual),
             kept[:-1].reshape(ROWS, C), mask.numpy() if self.masked else None, parameters, relu,
-            self.everywhere, self.places(*draw, False), self.weigh,
+            self.runs(*draw), self.weigh,
         )  # fmt: skip
         return y, state, mask, mean, var
 
@@ -118,29 +111,18 @@ class Call:
         dweight, dbias = (
             torch.empty(C if needed else 0, dtype=self.parameter) for needed in needs[1:3]
         )
-        places = scale = None
+        runs, scale = engine.NOWHERE, 0.0
         if gradient != "detached":
-            places = self.places(seed, layer, int(kept[-1:].view(np.int64)[0]), self.masked)
-            scale = x.numel() / C * self.weigh if gradient == "sampled" else None
-        phases.run_backward(
+            runs = self.runs(seed, layer, int(kept[-1:].view(np.int64)[0]))
+            scale = x.numel() / C * self.weigh if gradient == "sampled" else 0.0
+        engine.backward(
             None if dx is None else self.flat(dx), None if dresidual is None else self.flat(dresidual),
-            self.flat(dy), self.flat(x), mask.numpy() if self.masked else None, kept[:-1].reshape(ROWS, C),
-            dweight.numpy(), dbias.numpy(), relu, self.everywhere, places, self.full, scale,
+            self.flat(dy), self.flat(x), self.layout, mask.numpy() if self.masked else None,
+            kept[:-1].reshape(ROWS, C), np.empty((2, C)), dweight.numpy(), dbias.numpy(), relu, runs,
+            self.full, scale,
         )  # fmt: skip
         nothing = torch.empty(0, dtype=self.dtype)
         return nothing if dx is None else dx, dweight, dbias, nothing if dresidual is None else dresidual
-
-
-def draw_of(plan: Plan) -> Draw:
-    """Return what draws such a plan's runs from (seed, layer, step)."""
-    (part,), S = plan.parts, plan.S
-    weight = part.weight / part.count
-    if isinstance(part, WholeSamples):
-        recipe: tuple[Any, ...] = (part.first, part.rows, part.samples, part.stride, S, weight)
-        return lambda *draw: Runs(*draws.whole_samples(*draw, *recipe))
-    assert isinstance(part, MapPlaces)
-    recipe = (part.first, part.rows, part.positions, part.align, part.common, S, weight)
-    return lambda *draw: Runs(*draws.run_places(*draw, *recipe))
 
 
 @lru_cache(maxsize=1024)
@@ -154,11 +136,7 @@ def call_for(x: Shape, sampler: sbn.Sampler, masked: bool) -> Call | None:
     dense = like.movedim(1, -1) if layout.last else like
     if not dense.is_contiguous() or len(plan.parts) != 1:
         return None
-    part = plan.parts[0]
-    simple = (isinstance(part, WholeSamples) and part.stride) or (
-        isinstance(part, MapPlaces) and part.length >= part.positions
-    )
-    return Call(layout, dtype, plan, masked) if simple else None
+    return Call(layout, dtype, plan, masked) if draws.takes(plan.parts[0]) else None
 
 
 Shape = tuple[torch.Size, tuple[int, ...], torch.dtype]

@@ -16,22 +16,23 @@ from sbncore.cpu.channels import finish_backward, finish_forward, finish_moments
 from sbncore.cpu.compiled import jit
 from sbncore.cpu.elements import cast, zero
 from sbncore.cpu.lanes import LANES, aligned, claim, fence
-from sbncore.cpu.rows import normalize_row, repair_row, sums_row, sums_rows
+from sbncore.cpu.rows import add_row, normalize_row, repair_row, sum_of, sums_row
 
-DEPTH = 4  # samples whose short maps are summed side by side
 FLUSH = 64  # samples that are summed in float32
+AHEAD = 128  # elements: how long before they are summed scattered runs are fetched
 
 
 @jit()
-def sample_words(C, S, group):
-    """How many words of a mask a sample has: segments of ``group`` channels share none."""
-    return C * S // LANES + 2 * ((C + group - 1) // group)
+def sample_words(C, S):
+    """How many words of a mask a sample has: maps share none."""
+    return C * S // LANES + 2 * C * ((S % LANES + LANES - 1) // LANES)
 
 
 @jit()
-def words_at(n, c, C, S, group):
-    """What w is in a mask's row."""
-    return n * sample_words(C, S, group) + 2 * (c // group) - (n * C * S >> 4)
+def words_at(n, c, C, S):
+    """What w is in a mask's row that begins with channel c."""
+    more = 2 * c if S % LANES else 0
+    return n * sample_words(C, S) + more - (n * C * S >> 4)
 
 
 @jit()
@@ -49,10 +50,10 @@ def rows_of(short, x, size):
 
 @jit()
 def forward(
-    y, mask, x, residual, values, parameters, begin, length, weight, weigh, relu, short, stream, N, C, S, group,
-    counter,
+    y, mask, x, residual, values, parameters, begin, length, weight, weigh, relu, short, stream, N, C, S,
+    group, counter,
 ):  # fmt: skip
-    """y = act(z), and where a mask is given the bits of z > 0; the statistics, in values and the running ones.
+    """y = act(z), where a mask is given the bits of z > 0; the statistics in values and the running ones.
 
     The statistics are of the runs, whose weights sum to 1 / ``weigh``; without runs they are the prior's.
     Without a y nothing is normalized.
@@ -77,15 +78,15 @@ def forward(
                 if short is not None:
                     o, m = (n * C + c0) * S, (c1 - c0) * S
                     normalize_row(
-                        y, mask, x, residual, words_at(n, c0, C, S, group), o, o + m, spelled[0, :m],
-                        spelled[1, :m], spelled[2, :m], relu, stream,
+                        y, mask, x, residual, words_at(n, c0, C, S), o, o + m, spelled[0, :m],
+                        spelled[1, :m], spelled[2, :m], relu, stream, C * S,
                     )  # fmt: skip
                 else:
                     for c in range(c0, c1):
                         o = (n * C + c) * S
                         normalize_row(
-                            y, mask, x, residual, words_at(n, c, C, S, 1), o, o + S, cast(x, values[3, c]),
-                            cast(x, values[4, c]), cast(x, values[5, c]), relu, stream,
+                            y, mask, x, residual, words_at(n, c, C, S), o, o + S, cast(x, values[3, c]),
+                            cast(x, values[4, c]), cast(x, values[5, c]), relu, stream, C * S,
                         )  # fmt: skip
     if stream:
         fence()
@@ -101,11 +102,13 @@ def draw_moments(values, x, begin, length, weight, weigh, C, S, c0, c1):
     for r in range(len(begin)):
         n = begin[r] // S
         p = weight[r] * weigh
+        ahead = S * (1 + AHEAD // length[r])
         for c in range(c0, c1):
             o = begin[r] + (n * (C - 1) + c) * S
             a, b = sums_row(
-                None, x, None, 0, o, o + length[r], cast(x, shift[c - c0]), zero(x), zero(x), None, S
-            )
+                None, None, None, x, None, 0, o, o + length[r], cast(x, shift[c - c0]), zero(x), zero(x),
+                None, False, ahead,
+            )  # fmt: skip
             partial[0, 0, c - c0] += p * a
             partial[1, 0, c - c0] += p * b
     finish_moments(values[:, c0:c1], partial, shift)
@@ -113,13 +116,14 @@ def draw_moments(values, x, begin, length, weight, weigh, C, S, c0, c1):
 
 @jit()
 def backward(
-    dx, dresidual, dy, x, mask, values, total, dweight, dbias, begin, length, weight, scale, full, repairs, relu,
-    short, stream, N, C, S, group, counter,
+    dx, dresidual, dy, x, mask, values, total, dweight, dbias, begin, length, weight, scale, full, repairs,
+    relu, short, stream, N, C, S, group, counter,
 ):  # fmt: skip
-    """dx = scale * g - p * (k0 + k1 * (x - shift)) where p is not 0, in the runs (if ``repairs``); dresidual = g.
+    """dx = scale * g - p * (k0 + k1 * (x - shift)), where p is not 0 only in the runs; dresidual = g.
 
-    The two sums, dbias and dweight, are over everything, or if ``scale`` is not 0 over the runs, times it; if it
-    is below 0 they are given in ``total``, and nothing but the runs is written. ``full``: the runs are everything.
+    The two sums, dbias and dweight, are over everything, or if ``scale`` is above 0 over the runs, times it.
+    If it is below 0 they are given in ``total``, and nothing but dx in the runs is written. ``repairs``
+    says whether a gradient flows through the statistics, ``full`` whether the runs are everything.
     """
     if dx is not None or dresidual is not None:
         stream = stream and aligned(dx) and aligned(dresidual)
@@ -140,37 +144,35 @@ def backward(
                 spell(spelled, k, values[3 + k], c0, c1, S)
         if scale > 0:
             for r in range(len(begin)):
-                n = begin[r] // S
-                for c in range(c0, c1):
-                    o = begin[r] + (n * (C - 1) + c) * S
-                    add_row(
-                        sums, dy, x, mask, values, n, c, c0, o, o + length[r], scale * weight[r], relu, short,
-                        C, S, group,
+                add_segment(
+                    sums, None, None, dy, x, mask, values, begin[r], length[r], c0, c1, scale * weight[r],
+                    relu, short, False, C, S,
+                )  # fmt: skip
+        for n in range(N if scale == 0 or (writes and not dense) else 0):
+            if scale == 0 and short is not None:
+                o = (n * C + c0) * S
+                add_row(
+                    (totals[0], totals[1]), dy, x, mask, words_at(n, c0, C, S), o, o + m,
+                    spelled[0, :m], spelled[1, :m], spelled[2, :m], relu, C * S,
+                )  # fmt: skip
+                if n == N - 1 or n % FLUSH == FLUSH - 1:
+                    flush(sums, totals, c1 - c0, S)
+            if scale == 0 and short is None:
+                if writes and not dense:
+                    add_segment(
+                        sums, dx, dresidual, dy, x, mask, values, n * S, S, c0, c1, 1.0, relu, short,
+                        stream, C, S,
                     )  # fmt: skip
-        rows = DEPTH if short is not None and scale == 0 else 1
-        for n in range(0, N if scale == 0 or (writes and not dense) else 0, rows):
-            after = min(n + rows, N)
-            if scale == 0:
-                if short is not None:
-                    sums_rows(
-                        (totals[0], totals[1]), dy, x, mask, n * sample_words(C, S, group) + 2 * (c0 // group),
-                        sample_words(C, S, group), n * C * S, (n * C + c0) * S, m, C * S, after - n,
-                        spelled[0, :m], spelled[1, :m], spelled[2, :m], relu,
-                    )  # fmt: skip
-                    if after == N or after % FLUSH == 0:
-                        flush(sums, totals, c1 - c0, S)
                 else:
-                    for c in range(c0, c1):
-                        o = (n * C + c) * S
-                        add_row(
-                            sums, dy, x, mask, values, n, c, c0, o, o + S, 1.0, relu, short, C, S, group
-                        )
-            if writes and not dense:
-                for q in range(n, after):
-                    write_segment(
-                        dx, dresidual, dy, x, mask, values, spelled, q, c0, c1, None, None, relu, short, stream, C,
-                        S, group,
+                    add_segment(
+                        sums, None, None, dy, x, mask, values, n * S, S, c0, c1, 1.0, relu, short, False, C,
+                        S,
                     )  # fmt: skip
+            elif writes and not dense:
+                write_segment(
+                    dx, dresidual, dy, x, mask, values, spelled, n, c0, c1, None, None, relu, short, stream,
+                    C, S,
+                )  # fmt: skip
         if scale >= 0:
             finish_backward(total, sums, values, dweight, dbias, c0, c1)
         if repairs:
@@ -182,8 +184,8 @@ def backward(
                         spell(spelled, 3 + k, slopes[k], 0, c1 - c0, S)
                 for n in range(N):
                     write_segment(
-                        dx, dresidual, dy, x, mask, values, spelled, n, c0, c1, slopes, p, relu, short, stream, C, S,
-                        group,
+                        dx, dresidual, dy, x, mask, values, spelled, n, c0, c1, slopes, p, relu, short,
+                        stream, C, S,
                     )  # fmt: skip
             else:
                 for r in range(len(begin)):
@@ -191,23 +193,29 @@ def backward(
                     for c in range(c0, c1):
                         o = begin[r] + (n * (C - 1) + c) * S
                         repair_row(
-                            dx, None, dy, x, mask, words_at(n, c, C, S, 1 if short is None else group), o,
-                            o + length[r], cast(x, values[3, c]), cast(x, values[4, c]), cast(x, values[5, c]),
-                            cast(x, slopes[0, c - c0]), cast(x, slopes[1, c - c0]), cast(x, weight[r]), relu, False,
+                            dx, None, dy, x, mask, words_at(n, c if short is None else c0, C, S), o,
+                            o + length[r], cast(x, values[3, c]), cast(x, values[4, c]),
+                            cast(x, values[5, c]), cast(x, slopes[0, c - c0]), cast(x, slopes[1, c - c0]),
+                            cast(x, weight[r]), relu, False, 0,
                         )  # fmt: skip
     if stream and writes:
         fence()
 
 
 @jit()
-def add_row(sums, dy, x, mask, values, n, c, c0, o, end, p, relu, short, C, S, group):
-    """Add p times a row's sums to those of its channel."""
-    w = words_at(n, c, C, S, 1 if short is None else group)
-    a, b = sums_row(
-        dy, x, mask, w, o, end, cast(x, values[3, c]), cast(x, values[4, c]), cast(x, values[5, c]), relu, 0
-    )
-    sums[0, 0, c - c0] += p * a
-    sums[1, 0, c - c0] += p * b
+def add_segment(
+    sums, dx, dresidual, dy, x, mask, values, place, length, c0, c1, p, relu, short, stream, C, S
+):  # fmt: skip
+    """Add p times what `sums_row` returns of a run to the sums of each channel."""
+    n = place // S
+    for c in range(c0, c1):
+        o = place + (n * (C - 1) + c) * S
+        a, b = sums_row(
+            dx, dresidual, dy, x, mask, words_at(n, c if short is None else c0, C, S), o, o + length,
+            cast(x, values[3, c]), cast(x, values[4, c]), cast(x, values[5, c]), relu, stream, C * S,
+        )  # fmt: skip
+        sums[0, 0, c - c0] += p * a
+        sums[1, 0, c - c0] += p * b
 
 
 @jit()
@@ -215,39 +223,41 @@ def flush(sums, totals, channels, S):
     """Add up what each place of short maps was summed to."""
     for k in range(2):
         for c in range(channels):
-            first = 0.0
-            for i in range(c * S, (c + 1) * S):
-                first += totals[k, i]
-            sums[k, 0, c] += first
+            sums[k, 0, c] += sum_of(totals[k], c * S, (c + 1) * S)
     totals[:] = 0
 
 
 @jit()
 def write_segment(
-    dx, dresidual, dy, x, mask, values, spelled, n, c0, c1, slopes, p, relu, short, stream, C, S, group
+    dx, dresidual, dy, x, mask, values, spelled, n, c0, c1, slopes, p, relu, short, stream, C, S
 ):  # fmt: skip
     """`repair_row` over a segment; without slopes all of p is 0."""
     if short is not None:
         o, m = (n * C + c0) * S, (c1 - c0) * S
-        w = words_at(n, c0, C, S, group)
+        w = words_at(n, c0, C, S)
         shift, scale, offset = spelled[0, :m], spelled[1, :m], spelled[2, :m]
         if slopes is None:
             repair_row(
-                dx, dresidual, dy, x, mask, w, o, o + m, shift, scale, offset, None, None, p, relu, stream
-            )
+                dx, dresidual, dy, x, mask, w, o, o + m, shift, scale, offset, None, None, p, relu, stream,
+                C * S,
+            )  # fmt: skip
         else:
             k0, k1 = spelled[3, :m], spelled[4, :m]
-            repair_row(dx, dresidual, dy, x, mask, w, o, o + m, shift, scale, offset, k0, k1, p, relu, stream)
+            repair_row(
+                dx, dresidual, dy, x, mask, w, o, o + m, shift, scale, offset, k0, k1, p, relu, stream, C * S
+            )
     else:
         for c in range(c0, c1):
-            o, w = (n * C + c) * S, words_at(n, c, C, S, 1)
+            o, w = (n * C + c) * S, words_at(n, c, C, S)
             shift, scale, offset = cast(x, values[3, c]), cast(x, values[4, c]), cast(x, values[5, c])
             if slopes is None:
                 repair_row(
-                    dx, dresidual, dy, x, mask, w, o, o + S, shift, scale, offset, None, None, p, relu, stream
-                )
+                    dx, dresidual, dy, x, mask, w, o, o + S, shift, scale, offset, None, None, p, relu,
+                    stream, C * S,
+                )  # fmt: skip
             else:
                 k0, k1 = cast(x, slopes[0, c - c0]), cast(x, slopes[1, c - c0])
                 repair_row(
-                    dx, dresidual, dy, x, mask, w, o, o + S, shift, scale, offset, k0, k1, p, relu, stream
-                )
+                    dx, dresidual, dy, x, mask, w, o, o + S, shift, scale, offset, k0, k1, p, relu, stream,
+                    C * S,
+                )  # fmt: skip

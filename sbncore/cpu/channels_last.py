@@ -12,15 +12,13 @@ import numpy as np
 
 from sbncore.cpu.compiled import jit
 from sbncore.cpu.lanes import LANES, aligned, claim, fence
-from sbncore.cpu.rows import normalize_row, repair_row, sums_rows
-
-DEPTH = 4  # rows that are summed side by side, so that their sums stay in registers
+from sbncore.cpu.rows import add_row, normalize_row, repair_row
 
 
 @jit()
 def row_words(C):
     """How many words of a mask a place has, all its own."""
-    return C // LANES + 2 * (C % LANES != 0)
+    return C // LANES + 2 * ((C % LANES + LANES - 1) // LANES)
 
 
 @jit()
@@ -41,8 +39,8 @@ def sums(
     """
     writes = dx is not None or dresidual is not None
     stream = stream and aligned(dx) and aligned(dresidual)
-    words, m = row_words(C), tile * C
-    totals = np.zeros((2, m), shift.dtype)
+    words = row_words(C)
+    totals = np.zeros((2, tile * C), shift.dtype)
     both = totals[0], totals[1]
     while True:
         t = claim(counter)
@@ -50,30 +48,16 @@ def sums(
             break
         r0, r1 = block(len(begin), tasks, t)
         for r in range(r0, r1):
-            first, end = begin[r], begin[r] + length[r]
-            while first < end:
-                rows = min(DEPTH, (end - first) // tile)
-                if rows > 0:
-                    last = first + rows * tile
-                    sums_rows(
-                        both, dy, x, mask, first * words, tile * words, first * C, first * C, m, m, rows, shift,
-                        scale, offset, relu,
-                    )  # fmt: skip
-                else:
-                    last = end
-                    sums_rows(
-                        both, dy, x, mask, first * words, 0, first * C, first * C, (end - first) * C, 0, 1, shift,
-                        scale, offset, relu,
-                    )  # fmt: skip
+            for p in range(0, length[r], tile):
+                row = begin[r] + p
+                o, m = row * C, min(tile, length[r] - p) * C
+                w = row * words - (o >> 4)
+                add_row(both, dy, x, mask, w, o, o + m, shift, scale, offset, relu, m)
                 if writes:
-                    while first < last:
-                        k = min(tile, last - first)
-                        repair_row(
-                            dx, dresidual, dy, x, mask, first * words - (first * C >> 4), first * C,
-                            (first + k) * C, shift, scale, offset, None, None, None, relu, stream,
-                        )  # fmt: skip
-                        first += k
-                first = last
+                    repair_row(
+                        dx, dresidual, dy, x, mask, w, o, o + m, shift, scale, offset, None, None, None, relu,
+                        stream, 0,
+                    )  # fmt: skip
             for i in range(min(tile, length[r])):
                 for c in range(C):
                     partial[0, t, c] += weight[r] * totals[0, i * C + c]
@@ -101,10 +85,9 @@ def normalize(
         for r in range(r0, r1):
             for p in range(0, length[r], tile):
                 row = begin[r] + p
-                normalize_row(
-                    y, mask, x, residual, row * words - (row * C >> 4), row * C,
-                    (row + min(tile, length[r] - p)) * C, shift, scale, offset, relu, stream,
-                )  # fmt: skip
+                o, m = row * C, min(tile, length[r] - p) * C
+                w = row * words - (o >> 4)
+                normalize_row(y, mask, x, residual, w, o, o + m, shift, scale, offset, relu, stream, m)
     if stream:
         fence()
 
@@ -129,9 +112,11 @@ def repair(
         for r in range(r0, r1):
             for p in range(0, length[r], tile):
                 row = begin[r] + p
+                o, m = row * C, min(tile, length[r] - p) * C
+                w = row * words - (o >> 4)
                 repair_row(
-                    dx, dresidual, dy, x, mask, row * words - (row * C >> 4), row * C,
-                    (row + min(tile, length[r] - p)) * C, shift, scale, offset, k0, k1, weight[r], relu, stream,
+                    dx, dresidual, dy, x, mask, w, o, o + m, shift, scale, offset, k0, k1, weight[r], relu,
+                    stream, m,
                 )  # fmt: skip
     if stream:
         fence()

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from numba import njit
 
+_FILES = sorted(Path(__file__).parent.glob("*.py"))
+_SOURCES = tuple((path.name, path.stat().st_mtime, path.stat().st_size) for path in _FILES)
 _warned = False
 
 
-def jit(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """Compile at the first call, and for all time if Numba finds a place to keep it."""
 
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+    def decorate(function: Callable[..., Any]) -> Any:
         global _warned
         try:
-            return njit(cache=True, nogil=True, **options)(function)
+            return _stamped(njit(cache=True, nogil=True, **options)(function))
         except RuntimeError:  # numba found no writable place
             if not _warned:
                 warnings.warn("sbncore: no writable Numba cache, kernels compile anew", stacklevel=2)
@@ -25,3 +28,11 @@ def jit(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             return njit(nogil=True, **options)(function)
 
     return decorate
+
+
+def _stamped(dispatcher: Any) -> Any:
+    """Numba's cache looks at the date of a function's own file: what it inlines lies in the others."""
+    file = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
+    if hasattr(file, "_source_stamp"):
+        file._source_stamp = _SOURCES
+    return dispatcher

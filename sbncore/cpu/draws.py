@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from sbncore.cpu.compiled import jit
+from sbncore.plans import MapPlaces, Part, Plan, Runs, WholeSamples
 
 GOLDEN, FIRST, SECOND = (
     np.uint64(word) for word in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
@@ -34,9 +35,8 @@ def bounded(word, size):
 
 
 @jit()
-def run_places(seed, layer, step, first, rows, positions, align, common, S, weight):
-    """`sbncore.plans.MapPlaces` of one run a sample, as a plan's first part."""
-    key = stream_key(seed, layer, step, 0)
+def run_places(key, first, rows, positions, align, common, S, weight):
+    """`sbncore.plans.MapPlaces` of one run a sample."""
     begin, length = np.empty(2 * rows, np.int64), np.empty(2 * rows, np.int64)
     count = 0
     for n in range(first, first + rows):
@@ -51,12 +51,36 @@ def run_places(seed, layer, step, first, rows, positions, align, common, S, weig
 
 
 @jit()
-def whole_samples(seed, layer, step, first, rows, samples, stride, S, weight):
-    """`sbncore.plans.WholeSamples` at a stride, as a plan's first part."""
-    key = stream_key(seed, layer, step, 0)
+def whole_samples(key, first, rows, samples, stride, S, weight):
+    """`sbncore.plans.WholeSamples` at a stride."""
     start = bounded(absorb(key, 0), rows)
     chosen = np.empty(samples, np.int64)
     for i in range(samples):
         chosen[i] = (start + stride * i) % rows
     chosen.sort()
     return (first + chosen) * S, np.full(samples, S), np.full(samples, weight)
+
+
+def takes(part: Part) -> bool:
+    """Whether a part's places are drawn here."""
+    if isinstance(part, WholeSamples):
+        return part.stride > 0
+    return isinstance(part, MapPlaces) and part.length >= part.positions
+
+
+def places(part: Part, key: int, S: int) -> Runs:
+    """Return the runs of such a part, drawn with a key."""
+    weight, key = part.weight / part.count, np.uint64(key)
+    if isinstance(part, WholeSamples):
+        return Runs(*whole_samples(key, part.first, part.rows, part.samples, part.stride, S, weight))
+    assert isinstance(part, MapPlaces)
+    return Runs(
+        *run_places(key, part.first, part.rows, part.positions, part.align, part.common, S, weight)
+    )
+
+
+def runs_of(plan: Plan) -> Runs:
+    """Return `Plan.runs`."""
+    if len(plan.parts) == 1 and takes(plan.parts[0]) and plan.total:
+        return places(plan.parts[0], plan.parts[0].key, plan.S)
+    return plan.runs

@@ -1,7 +1,8 @@
-"""The CPU engine: how a call over flat memory is cut into tasks, and the kernels with what is between them."""
+"""The CPU engine: how a call over flat memory is cut into tasks, and the kernels with what lies between."""
 
 from __future__ import annotations
 
+import math
 import os
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from sbncore.layout import Layout
 from sbncore.plans import Runs
 
 SHORT = 256  # elements of a map from which on it is a row of its own
-SEGMENT, SHORT_SEGMENT = 16384, 4096  # elements of a sample that a task goes over at once, channels-first
+SEGMENT, SHORT_SEGMENT = 16384, 2048  # elements of a sample that a task goes over at once, channels-first
 TILE = 256  # elements of the shortest channels-last row worth a loop
 RUN = 16384  # elements of a channels-last run, which is summed in float32
 PLACES = 64  # of such a run at least: what flushing its sums is shared among
@@ -56,8 +57,11 @@ def cut_first(layout: Layout) -> Cut:
     """Return the cut of a channels-first layout."""
     N, C, S = layout.N, layout.C, layout.S
     short = S < SHORT
-    tasks = min(TASKS // 4, C, max(1, N * C * S // TASK))
-    group = min(-(-(SHORT_SEGMENT if short else SEGMENT) // S), -(-C // tasks))
+    tasks = max(1, min(TASKS // 4, C, N * C * S // TASK))
+    group = max(1, min(-(-(SHORT_SEGMENT if short else SEGMENT) // S), -(-C // tasks)))
+    even = LANES // math.gcd(S, LANES)  # channels whose coefficients, spelled out, are whole vectors
+    if short and C > even:
+        group = -(-group // even) * even
     return Cut(short or None, group, -(-C // group), N * C * S >= PARALLEL)
 
 
@@ -192,7 +196,7 @@ def backward(
         written = (None, None) if dense else (dx, dresidual)
         if scale > 0:
             partial = sums((None, None), places, places.weight * scale)
-            if written != (None, None):
+            if any(array is not None for array in written):
                 sums(written, everywhere, everywhere.weight)
         else:
             partial = sums(written, everywhere, everywhere.weight)
@@ -201,7 +205,8 @@ def backward(
         slopes = channels.slopes(total, values, x, places.tile)
         places.run(
             channels_last.repair, C, dx, dresidual if dense else None, dy, x, mask, *coefficients, *slopes,
-            places.begin, places.length, places.weight.astype(slopes[0].dtype), relu or None, dense and stream,
+            places.begin, places.length, places.weight.astype(slopes[0].dtype), relu or None,
+            dense and stream,
         )  # fmt: skip
 
 
@@ -213,10 +218,7 @@ def _streams(like: np.ndarray, layout: Layout) -> bool:
 
 def mask_size(layout: Layout) -> int:
     """Return the bytes of a mask: a bit per element, in words that no two rows share."""
-    if layout.last:
-        words = layout.N * layout.S * channels_last.row_words(layout.C)
-    else:
-        cut = cut_first(layout)
-        group = cut.group if cut.short else 1
-        words = layout.N * channels_first.sample_words(layout.C, layout.S, group)
-    return 2 * words + 2  # bits are read two words at a time
+    N, C, S = layout.N, layout.C, layout.S
+    if layout.last:  # plain arithmetic: a compiler's symbols pass through it
+        return 2 * N * S * channels_last.row_words.py_func(C)
+    return 2 * N * channels_first.sample_words.py_func(C, S)

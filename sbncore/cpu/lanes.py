@@ -235,16 +235,19 @@ def above_zero(typingctx: Any, value: Any) -> tuple[Any, Callable[..., Any]]:
 
 @intrinsic
 def read_bits(typingctx: Any, mask: Any, bit: Any) -> tuple[Any, Callable[..., Any]]:
-    """The 16 bits of a mask from ``bit`` on, lowest first; reads the two words that they may lie in."""
+    """The 16 bits of a mask from ``bit`` on, lowest first."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         bit = args[1]
-        word = builder.ashr(bit, ir.Constant(bit.type, 4))
-        place = _word(context, builder, mask, args[0], word)
-        both = builder.load(builder.bitcast(place, I32.as_pointer()))
-        both.align = 1
+        both = []
+        for k in (0, LANES - 1):  # the words of the first bit and of the last
+            word = builder.ashr(builder.add(bit, ir.Constant(bit.type, k)), ir.Constant(bit.type, 4))
+            loaded = builder.load(_word(context, builder, mask, args[0], word))
+            loaded.align = 1
+            both.append(builder.zext(loaded, I32))
+        pair = builder.or_(both[0], builder.shl(both[1], ir.Constant(I32, LANES)))
         shift = builder.trunc(builder.and_(bit, ir.Constant(bit.type, LANES - 1)), I32)
-        bits = builder.trunc(builder.lshr(both, shift), I16)
+        bits = builder.trunc(builder.lshr(pair, shift), I16)
         return builder.bitcast(bits, ir.VectorType(I1, LANES))
 
     return Bits()(mask, types.intp), codegen

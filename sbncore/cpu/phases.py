@@ -12,7 +12,7 @@ import numpy as np
 
 from sbncore.arrays import PARAMETER, borrow, element_type, widen, writeable
 from sbncore.checks import Parameters, Running
-from sbncore.cpu import engine
+from sbncore.cpu import draws, engine
 from sbncore.layout import Layout
 from sbncore.plans import Plan, Runs
 from sbncore.saved import ROWS, Kept, Saved
@@ -97,7 +97,7 @@ def backward(
     if x.size:
         plan, runs, scale = state.plan, engine.NOWHERE, 0.0
         if gradient != "detached" and plan.parts:  # it flows through the statistics
-            runs = plan.runs
+            runs = draws.runs_of(plan)
             scale = layout.N * layout.S / (1 - plan.prior) if gradient == "sampled" else 0.0
         engine.backward(
             dx, dresidual, dy, x, layout, state.mask, state.values, np.empty((2, layout.C)), dweight, dbias,
@@ -115,7 +115,7 @@ def repair(
         total = np.stack([widen(dbias), widen(dweight)])
         engine.backward(
             dx, None, dy, x, saved.layout, state.mask, state.values, total, absent, absent, saved.relu,
-            state.plan.runs, state.plan.full, -1.0,
+            draws.runs_of(state.plan), state.plan.full, -1.0,
         )  # fmt: skip
 
 
@@ -142,7 +142,7 @@ def _normalize(
 
 def _drawn(plan: Plan, x: np.ndarray) -> tuple[Runs, float]:
     """The places the moments are of, and what makes their weights' sum 1."""
-    return (plan.runs, 1 / (1 - plan.prior)) if plan.prior < 1 and x.size else (engine.NOWHERE, 0.0)
+    return (draws.runs_of(plan), 1 / (1 - plan.prior)) if plan.prior < 1 and x.size else (engine.NOWHERE, 0.0)
 
 
 def _parameters(

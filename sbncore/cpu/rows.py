@@ -7,9 +7,12 @@ the mean rounded to that type and offset makes up for the rounding: at |mean|/st
 ``x * scale + offset`` loses 5 %. Nothing is contracted or reordered, so that the backward's sign of z is the
 forward's, bit for bit.
 
-Rows that are summed are cut into vectors from their first element on, so that sums are the same in any
-memory; rows that are written at the multiples of 16, so that a streamed store is an aligned one. A mask has a
-bit for each element, of a row's element e bit ``16 * w + e``: no two rows share a word.
+A row is cut into vectors at the multiples of 16, wherever the memory lies: so its sums are the same in any
+memory, and streamed stores fill whole lines. Of the first and the last vector only some lanes are kept. Rows
+that are added to others are cut from their first element on. A mask has a bit for each element, of a
+row's element e bit ``16 * w + e``: no two rows share a word.
+
+What a pass will read ``ahead`` by so many elements is fetched meanwhile: the CPU foresees no jumps.
 
 Arrays that may be missing, and relu, are None or not at compile time, which prunes the branches.
 """
@@ -50,62 +53,6 @@ def gradient(dy, x, mask, v, w, i, shift, scale, offset, relu, keep):
 
 
 @jit()
-def sums_row(dy, x, mask, w, o, end, shift, scale, offset, relu, ahead):
-    """Return the sums of g and g * (x - shift) of one channel; moments fetch ``ahead`` what comes next."""
-    first, second = 0.0, 0.0
-    for chunk in range(o, end, CHUNK):
-        a, b = nothing(x), nothing(x)
-        last = min(chunk + CHUNK, end)
-        for v in range(chunk, last - LANES + 1, LANES):
-            if dy is None:
-                prefetch(x, v + ahead)
-            g, deviation = gradient(dy, x, mask, v, w, 0, shift, scale, offset, relu, None)
-            a = a + g
-            b = b + g * deviation
-        rest = (last - chunk) % LANES
-        if rest:
-            v = last - rest
-            g, deviation = gradient(dy, x, mask, v, w, 0, shift, scale, offset, relu, (0, rest))
-            a = a + g
-            b = b + g * deviation
-        first += total(a)
-        second += total(b)
-    return first, second
-
-
-@jit()
-def sums_column(totals, dy, x, mask, words, more_words, base, o, stride, rows, i, shift, scale, offset, relu, keep):
-    """Add to totals, at i, the sums over some rows of one vector each."""
-    a, b = nothing(x), nothing(x)
-    for q in range(rows):
-        w = words + q * more_words - ((base + q * stride) >> 4)
-        g, deviation = gradient(dy, x, mask, o + q * stride + i, w, i, shift, scale, offset, relu, keep)
-        a = a + g
-        b = b + g * deviation
-    store_lanes(totals[0], i, load_lanes(totals[0], i, keep) + a, keep, None)
-    store_lanes(totals[1], i, load_lanes(totals[1], i, keep) + b, keep, None)
-
-
-@jit()
-def sums_rows(totals, dy, x, mask, words, more_words, base, o, m, stride, rows, shift, scale, offset, relu):
-    """Add the sums over some rows of m elements, ``stride`` apart, to totals, an array of each of the two.
-
-    The mask's w is ``words - base // 16`` for the first row; for the next, words and base grow by
-    ``more_words`` and the stride.
-    """
-    whole = m - m % LANES
-    for i in range(0, whole, LANES):
-        sums_column(
-            totals, dy, x, mask, words, more_words, base, o, stride, rows, i, shift, scale, offset, relu, None
-        )
-    if whole < m:
-        sums_column(
-            totals, dy, x, mask, words, more_words, base, o, stride, rows, whole, shift, scale, offset, relu,
-            (0, m - whole),
-        )  # fmt: skip
-
-
-@jit()
 def edge(o, end, k):
     """The first (k = 0) or last vector of a row that is written, and its lanes, if they are not all of it."""
     v = (o if k == 0 else end) & -LANES
@@ -114,7 +61,83 @@ def edge(o, end, k):
 
 
 @jit()
-def normalize_vector(y, mask, x, residual, v, w, i, shift, scale, offset, relu, stream, keep):
+def fetch(a, b, v):
+    if a is not None:
+        prefetch(a, v)
+    prefetch(b, v)
+
+
+@jit()
+def sums_vector(dx, dresidual, dy, x, mask, v, w, shift, scale, offset, relu, stream, ahead, keep):
+    fetch(dy, x, v + ahead)
+    g, deviation = gradient(dy, x, mask, v, w, 0, shift, scale, offset, relu, keep)
+    if dx is not None:
+        store_lanes(dx, v, g * at(scale, 0, keep), keep, stream)
+    if dresidual is not None:
+        store_lanes(dresidual, v, g, keep, stream)
+    return g, g * deviation
+
+
+@jit(forceinline=True)
+def sums_row(dx, dresidual, dy, x, mask, w, o, end, shift, scale, offset, relu, stream, ahead):
+    """Return one channel's sums of g and g * (x - shift); dx = scale * g, dresidual = g where given."""
+    first, second = 0.0, 0.0
+    whole = end & -LANES
+    for chunk in range((o + LANES - 1) & -LANES, whole, CHUNK):
+        a, b = nothing(x), nothing(x)
+        for v in range(chunk, min(chunk + CHUNK, whole), LANES):
+            g, product = sums_vector(
+                dx, dresidual, dy, x, mask, v, w, shift, scale, offset, relu, stream, ahead, None
+            )
+            a = a + g
+            b = b + product
+        first += total(a)
+        second += total(b)
+    for k in range(2):
+        partial, v, keep = edge(o, end, k)
+        if partial:
+            g, product = sums_vector(
+                dx, dresidual, dy, x, mask, v, w, shift, scale, offset, relu, stream, ahead, keep
+            )
+            first += total(g)
+            second += total(product)
+    return first, second
+
+
+@jit()
+def add_vector(totals, dy, x, mask, v, w, i, shift, scale, offset, relu, ahead, keep):
+    fetch(None, x, v + ahead)
+    g, deviation = gradient(dy, x, mask, v, w, i, shift, scale, offset, relu, keep)
+    store_lanes(totals[0], i, load_lanes(totals[0], i, keep) + g, keep, None)
+    store_lanes(totals[1], i, load_lanes(totals[1], i, keep) + g * deviation, keep, None)
+
+
+@jit(forceinline=True)
+def add_row(totals, dy, x, mask, w, o, end, shift, scale, offset, relu, ahead):
+    """Add each element's g and g * (x - shift) to a row of totals."""
+    whole = o + ((end - o) & -LANES)
+    for v in range(o, whole, LANES):
+        add_vector(totals, dy, x, mask, v, w, v - o, shift, scale, offset, relu, ahead, None)
+    if whole < end:
+        keep = 0, end - whole
+        add_vector(totals, dy, x, mask, whole, w, whole - o, shift, scale, offset, relu, ahead, keep)
+
+
+@jit(forceinline=True)
+def sum_of(array, o, end):
+    """The sum of an array's elements o .. end-1, in float64."""
+    result = 0.0
+    whole = o + ((end - o) & -LANES)
+    for v in range(o, whole, LANES):
+        result += total(load_lanes(array, v, None))
+    if whole < end:
+        result += total(load_lanes(array, whole, (0, end - whole)))
+    return result
+
+
+@jit()
+def normalize_vector(y, mask, x, residual, v, w, i, shift, scale, offset, relu, stream, ahead, keep):
+    fetch(residual, x, v + ahead)
     z = (load_lanes(x, v, keep) - at(shift, i, keep)) * at(scale, i, keep) + at(offset, i, keep)
     if residual is not None:
         z = z + load_lanes(residual, v, keep)
@@ -126,19 +149,24 @@ def normalize_vector(y, mask, x, residual, v, w, i, shift, scale, offset, relu, 
     store_lanes(y, v, z, keep, stream)
 
 
-@jit()
-def normalize_row(y, mask, x, residual, w, o, end, shift, scale, offset, relu, stream):
+@jit(forceinline=True)
+def normalize_row(y, mask, x, residual, w, o, end, shift, scale, offset, relu, stream, ahead):
     """y = act(z), and where there is a mask the bits of z > 0."""
     for v in range((o + LANES - 1) & -LANES, end & -LANES, LANES):
-        normalize_vector(y, mask, x, residual, v, w, v - o, shift, scale, offset, relu, stream, None)
+        normalize_vector(y, mask, x, residual, v, w, v - o, shift, scale, offset, relu, stream, ahead, None)
     for k in range(2):
         partial, v, keep = edge(o, end, k)
         if partial:
-            normalize_vector(y, mask, x, residual, v, w, v - o, shift, scale, offset, relu, stream, keep)
+            normalize_vector(
+                y, mask, x, residual, v, w, v - o, shift, scale, offset, relu, stream, ahead, keep
+            )
 
 
 @jit()
-def repair_vector(dx, dresidual, dy, x, mask, v, w, i, shift, scale, offset, k0, k1, p, relu, stream, keep):
+def repair_vector(
+    dx, dresidual, dy, x, mask, v, w, i, shift, scale, offset, k0, k1, p, relu, stream, ahead, keep
+):  # fmt: skip
+    fetch(None, dy, v + ahead)
     g, deviation = gradient(dy, x, mask, v, w, i, shift, scale, offset, relu, keep)
     if dx is not None:
         d = g * at(scale, i, keep)
@@ -149,16 +177,18 @@ def repair_vector(dx, dresidual, dy, x, mask, v, w, i, shift, scale, offset, k0,
         store_lanes(dresidual, v, g, keep, stream)
 
 
-@jit()
-def repair_row(dx, dresidual, dy, x, mask, w, o, end, shift, scale, offset, k0, k1, p, relu, stream):
+@jit(forceinline=True)
+def repair_row(dx, dresidual, dy, x, mask, w, o, end, shift, scale, offset, k0, k1, p, relu, stream, ahead):
     """dx = scale * g - p * (k0 + k1 * (x - shift)), or scale * g without a k0; dresidual = g."""
     for v in range((o + LANES - 1) & -LANES, end & -LANES, LANES):
         repair_vector(
-            dx, dresidual, dy, x, mask, v, w, v - o, shift, scale, offset, k0, k1, p, relu, stream, None
-        )
+            dx, dresidual, dy, x, mask, v, w, v - o, shift, scale, offset, k0, k1, p, relu, stream, ahead,
+            None,
+        )  # fmt: skip
     for k in range(2):
         partial, v, keep = edge(o, end, k)
         if partial:
             repair_vector(
-                dx, dresidual, dy, x, mask, v, w, v - o, shift, scale, offset, k0, k1, p, relu, stream, keep
-            )
+                dx, dresidual, dy, x, mask, v, w, v - o, shift, scale, offset, k0, k1, p, relu, stream, ahead,
+                keep,
+            )  # fmt: skip
