@@ -9,6 +9,7 @@ BENCHMARKS = {
     "layer": "one BN layer: checked, then timed against a copy, NumPy and PyTorch",
     "training": "a residual network trained by PyTorch, with full and with sampled statistics in turn",
     "overhead": "what a call of the PyTorch layer costs on small tensors",
+    "targets": "the CPU engine against its goals, shape by shape",
     "kernels": "what every CUDA kernel needs of a GPU, compiled without one",
 }
 

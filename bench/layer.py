@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import sbncore as sbn
-from bench import peers, report, timing
+from bench import bars, peers, report, timing
 from bench.cases import TOLERANCE, Case, Data, WrongResult, verify
 
 # Of ResNet-18 and ResNet-50 at batch 32, and a layer in 1-D and one in 3-D.
@@ -57,8 +57,6 @@ def main(arguments: list[str]) -> None:
     warm = timing.keep_pages()
     where = report.machine(sbn.get_num_threads())
     print(where, file=sys.stderr)
-    if peers.torch_version() is None:
-        print("PyTorch is not installed: its columns stay empty", file=sys.stderr)
     if float(where.load or 0) > BUSY * where.cores:
         print(f"the machine is busy (load {where.load}): {SPINNING}", file=sys.stderr)
     rows: list[report.Row] = []
@@ -70,7 +68,7 @@ def main(arguments: list[str]) -> None:
     try:
         for number, case in enumerate(cases, 1):
             print(f"[{number}/{len(cases)}] {case} ", end="", file=sys.stderr, flush=True)
-            new = list(measure(case, options.samplers, options.rounds))
+            new = list(measure(case, options.samplers, options.rounds, options.against))
             print(_progress(new), file=sys.stderr)
             rows += new
     except WrongResult as wrong:
@@ -78,7 +76,9 @@ def main(arguments: list[str]) -> None:
     _write(options, rows, where, shlex.join(["python", "-m", "bench", "layer", *arguments]), warm)
 
 
-def measure(case: Case, samplers: list[tuple[str, sbn.Sampler]], rounds: int) -> Iterator[report.Row]:
+def measure(
+    case: Case, samplers: list[tuple[str, sbn.Sampler]], rounds: int, against: list[str]
+) -> Iterator[report.Row]:
     """Check and time one case.
 
     Raises:
@@ -89,9 +89,7 @@ def measure(case: Case, samplers: list[tuple[str, sbn.Sampler]], rounds: int) ->
     ours = [peers.Ours(data, sampler, name) for name, sampler in samplers]
     for one in ours:
         verify(one, data, tolerance)
-    others: list[peers.NumPy | peers.Torch] = [peers.NumPy(data)]
-    if peers.torch_version() is not None:
-        others.append(peers.Torch(data, threads))
+    others = [peers.PEERS[name](data, threads) for name in against]
     for other in others:
         verify(other, data, SLACK * tolerance)
     copy = peers.Copy(data, threads)
@@ -134,8 +132,10 @@ def _write(
     for name, table in ((stem, report.headline_table(rows)), (f"{stem}-long", report.long_table(rows))):
         text = "\n".join([*head, *table]) + "\n"
         (options.out / f"{name}.md").write_text(text, encoding="utf-8")
+    if importlib.util.find_spec("matplotlib") is not None:
+        bars.draw(options.out / f"{stem}.png", rows, str(where))
     print("\n".join(report.headline_table(rows)))
-    print(f"written: {options.out / stem}.csv, .md and -long.md", file=sys.stderr)
+    print(f"written: {options.out / stem}.csv, .md, -long.md and, with matplotlib, .png", file=sys.stderr)
 
 
 def _progress(rows: list[report.Row]) -> str:
@@ -149,6 +149,10 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench layer", description=about)
     parser.add_argument("--shapes", nargs="+", type=_shape, metavar="32x64x56x56")
     parser.add_argument("--layouts", nargs="+", choices=("first", "last"), default=["first", "last"])
+    parser.add_argument(
+        "--against", type=_against, metavar="numpy,torch,compile,jax,copy",
+        help="peers; copy is always one; default: numpy, and torch if it is installed",
+    )  # fmt: skip
     parser.add_argument(
         "--samplers", nargs="+", type=_sampler, metavar="fs/16",
         help="full, bs/K (whole samples) or fs/K (feature maps), of which 1/K is drawn",
@@ -179,11 +183,16 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         parser.error("bfloat16 needs the package ml_dtypes: NumPy has no such type")
     options.shapes = options.shapes or [*map(_shape, QUICK if options.quick else SHAPES)]
     options.rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
+    if options.against is None:
+        options.against = ["numpy", *["torch"] * (peers.torch_version() is not None)]
+    for name in options.against:
+        if importlib.util.find_spec(peers.NEEDS.get(name, "numpy")) is None:
+            parser.error(f"--against {name} needs the package {peers.NEEDS[name]}, which is not installed")
     return options
 
 
 def _on_a_gpu(parser: argparse.ArgumentParser, options: argparse.Namespace) -> argparse.Namespace:
-    for name in ("samplers", "activation", "residual", "threads"):
+    for name in ("samplers", "activation", "residual", "threads", "against"):
         if getattr(options, name):
             parser.error(f"--{name} is not for --device cuda, which times every variant of one sampler")
     if options.dtype == "float64":
@@ -192,6 +201,14 @@ def _on_a_gpu(parser: argparse.ArgumentParser, options: argparse.Namespace) -> a
         parser.error("expected shapes NxCxHxW for --device cuda")
     options.dtypes = options.dtypes or ([options.dtype] if options.dtype else None)
     return options
+
+
+def _against(text: str) -> list[str]:
+    names = text.split(",")
+    wrong = [name for name in names if name not in (*peers.PEERS, "copy")]
+    if wrong:
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(peers.PEERS)}, copy, got {wrong[0]!r}")
+    return [name for name in dict.fromkeys(names) if name != "copy"]
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -1,7 +1,8 @@
-"""The contenders of a layer: ours, a copy of the same bytes, full BN in NumPy, and PyTorch eager's."""
+"""The contenders of a layer: ours, a copy of the same bytes, and full BN in NumPy, PyTorch and JAX."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -44,23 +45,35 @@ class Ours:
 
 
 class Copy:
-    """np.copyto into a reused buffer, cut among as many threads as ours uses."""
+    """A copy into a reused buffer on as many threads as ours: PyTorch's ``copy_``, or without it NumPy's."""
 
     def __init__(self, data: Data, threads: int) -> None:
         source, target = (np.ravel(data.memory(array)) for array in (data.x, data.y))
+        self.pool: ThreadPoolExecutor | None = None
+        if torch_version() is not None:
+            import torch
+
+            torch.set_num_threads(threads)
+            wholes = source.view(f"i{source.itemsize}"), target.view(f"i{target.itemsize}")
+            x, out = (torch.from_numpy(whole) for whole in wholes)
+            self.copy: Callable[[], object] = lambda: out.copy_(x)
+            return
         edges = [source.size * t // threads for t in range(threads + 1)]
         slices = [slice(edges[t], edges[t + 1]) for t in range(threads)]
         self.pieces = [(target[piece], source[piece]) for piece in slices]
         self.pool = ThreadPoolExecutor(threads)
+        self.copy = self._copy
 
-    def copy(self) -> None:
+    def _copy(self) -> None:
+        assert self.pool is not None
         others = [self.pool.submit(np.copyto, *piece) for piece in self.pieces[1:]]
         np.copyto(*self.pieces[0])
         for other in others:
             other.result()
 
     def close(self) -> None:
-        self.pool.shutdown()
+        if self.pool is not None:
+            self.pool.shutdown()
 
 
 class NumPy:
@@ -153,13 +166,14 @@ class Torch:
         # Its channels-last kernel wants two spatial axes or three.
         return tensor.unsqueeze(2) if tensor.ndim == 3 else tensor
 
-    def forward(self) -> None:
-        x, weight, bias, *residual = self.inputs
-        self.y = self.torch.nn.functional.batch_norm(x, None, None, weight, bias, training=True, eps=EPS)
+    def normalized(self, x: Any, weight: Any, bias: Any, *residual: Any) -> Any:
+        y = self.torch.nn.functional.batch_norm(x, None, None, weight, bias, training=True, eps=EPS)
         if residual:
-            self.y = self.y.add_(residual[0])
-        if self.data.case.relu:
-            self.y = self.y.relu_()
+            y = y.add_(residual[0])
+        return y.relu_() if self.data.case.relu else y
+
+    def forward(self) -> None:
+        self.y = self.normalized(*self.inputs)
 
     def backward(self) -> None:
         self.grads = self.torch.autograd.grad(self.y, self.inputs, self.dy)
@@ -173,6 +187,78 @@ class Torch:
         tensors = {"y": self.y.detach()} | dict(zip(names, self.grads, strict=False))
         wide = {name: tensor.to(self.torch.float64).numpy() for name, tensor in tensors.items()}
         return {name: a.reshape(shape) if a.ndim > 1 else a for name, a in wide.items()}
+
+
+class Compiled(Torch):
+    """PyTorch's compiler, inductor, on the same function; compiled when it is first called."""
+
+    name = "torch.compile"
+
+    def __init__(self, data: Data, threads: int) -> None:
+        super().__init__(data, threads)
+        self.torch._dynamo.reset()
+        self.compiled = self.torch.compile(super().normalized, fullgraph=True, dynamic=False)
+
+    def forward(self) -> None:
+        self.y = self.compiled(*self.inputs)
+
+
+class Jax:
+    """JAX: the formulas jitted, and the backward by its own derivative; on all cores, whatever --threads."""
+
+    name = "JAX"
+
+    def __init__(self, data: Data, threads: int) -> None:
+        import jax
+        import jax.numpy as jnp
+
+        self.jax, self.data = jax, data
+        axes, along = ((0, 2), (1, -1, 1)) if data.case.layout == "first" else ((0,), (1, -1))
+        dense = (data.memory(array) for array in (data.x, data.dy))
+        residual = () if data.residual is None else (data.memory(data.residual),)
+        x, self.dy = map(jnp.asarray, dense)
+        self.inputs = (x, jnp.asarray(data.weight), jnp.asarray(data.bias), *map(jnp.asarray, residual))
+
+        def normalized(x: Any, weight: Any, bias: Any, *residual: Any) -> Any:
+            wide = x.astype(weight.dtype)
+            mean = wide.mean(axes, keepdims=True)
+            var = jnp.square(wide - mean).mean(axes, keepdims=True)
+            scale = weight.reshape(along) * jax.lax.rsqrt(var + EPS)
+            z = ((wide - mean) * scale + bias.reshape(along)).astype(x.dtype)
+            z = z + residual[0] if residual else z
+            return jnp.maximum(z, 0) if data.case.relu else z
+
+        self.call = jax.jit(normalized)
+        self.differentiate = jax.jit(lambda inputs, dy: jax.vjp(normalized, *inputs)[1](dy))
+
+    def forward(self) -> None:
+        self.y = self.call(*self.inputs).block_until_ready()
+
+    def backward(self) -> None:
+        """Recomputes what its forward does not keep: a vjp's two halves cannot be jitted apart."""
+        self.grads = self.jax.block_until_ready(self.differentiate(self.inputs, self.dy))
+
+    def weights(self) -> np.ndarray:
+        return _full(self.data)
+
+    def results(self) -> dict[str, Any]:
+        names = ("x", "weight", "bias", "residual")
+        return {"y": self._array(self.y)} | {
+            name: self._array(grad) for name, grad in zip(names, self.grads, strict=False)
+        }
+
+    def _array(self, result: Any) -> np.ndarray:
+        array = np.asarray(result)
+        if array.ndim == 1:
+            return array
+        N, C, *spatial = self.data.case.shape
+        if self.data.case.layout == "first":
+            return array.reshape(self.data.case.shape)
+        return np.moveaxis(array.reshape(N, *spatial, C), -1, 1)
+
+
+PEERS: dict[str, Any] = {"numpy": NumPy, "torch": Torch, "compile": Compiled, "jax": Jax}
+NEEDS = {"torch": "torch", "compile": "torch", "jax": "jax"}
 
 
 def torch_version() -> str | None:

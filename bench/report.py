@@ -16,6 +16,7 @@ from bench.timing import geometric_mean
 
 HEADLINE = "FeatureSampling(1/16)"
 PHASES = ("forward", "backward", "both")
+TITLES = {"PyTorch": "PyTorch eager"}
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Row:
     residual: str
     sampler: str
     phase: str  # forward, backward, or both: the sum of a forward and the backward after it
-    peer: str  # copy, NumPy or PyTorch
+    peer: str  # copy, NumPy, PyTorch, ...
     ours_median: float
     ours_p20: float
     ours_p80: float
@@ -90,21 +91,21 @@ def headline_table(rows: Sequence[Row]) -> list[str]:
     samplers = {row.sampler for row in rows}
     sampler = HEADLINE if HEADLINE in samplers else rows[-1].sampler
     chosen = [row for row in rows if row.sampler == sampler]
-    wanted = [("forward", "copy"), ("backward", "copy"), ("both", "NumPy"), ("both", "PyTorch")]
-    titles = ["forward / copy", "backward / copy", "NumPy / ours", "PyTorch eager / ours"]
+    found = _peers(chosen)
+    wanted = [("forward", "copy"), ("backward", "copy"), *(("both", peer) for peer in found)]
+    titles = ["forward / copy", "backward / copy", *(f"{TITLES.get(peer, peer)} / ours" for peer in found)]
     lines, columns = [], []
     for (shape, layout), group in _grouped(chosen, "shape", "layout"):
         cells = _ratios(group, wanted)
         columns.append(cells)
         lines.append([shape, layout, *map(_cell, cells)])
     lines.append(["**geometric mean**", "", *(f"**{_cell(mean)}**" for mean in _means(columns))])
-    return [f"{sampler}:", "", *_markdown(["shape", "layout", *titles], lines, text=2)]
+    return [f"{sampler}:", "", *markdown(["shape", "layout", *titles], lines, text=2)]
 
 
 def long_table(rows: Sequence[Row]) -> list[str]:
     """Return a table with every sampler, phase and peer, and their means over the shapes and layouts."""
-    peers = [peer for peer in ("copy", "NumPy", "PyTorch") if any(row.peer == peer for row in rows)]
-    wanted = [(one, peer) for peer in peers for one in PHASES]
+    wanted = [(one, peer) for peer in ("copy", *_peers(rows)) for one in PHASES]
     titles = ["shape", "layout", "forward, ms", "backward, ms", "plan, ms", "copy, ms"]
     titles += [f"{one} / copy" if peer == "copy" else f"{peer} / ours, {one}" for one, peer in wanted]
     out = []
@@ -119,8 +120,12 @@ def long_table(rows: Sequence[Row]) -> list[str]:
             times = [_spread(forward), _spread(backward), f"{forward.plan_median:.2f}"]
             lines.append([shape, layout, *times, f"{forward.peer_median:.2f}", *map(_cell, cells)])
         lines.append(["**geometric mean**", *[""] * 5, *(f"**{_cell(mean)}**" for mean in _means(columns))])
-        out += [f"## {sampler}", "", *_markdown(titles, lines, text=2), ""]
+        out += [f"## {sampler}", "", *markdown(titles, lines, text=2), ""]
     return out[:-1]
+
+
+def _peers(rows: Iterable[Row]) -> list[str]:
+    return [peer for peer in dict.fromkeys(row.peer for row in rows) if peer != "copy"]
 
 
 def _ratios(group: Iterable[Row], wanted: Sequence[tuple[str, str]]) -> list[float | None]:
@@ -150,7 +155,8 @@ def _grouped(rows: Iterable[Row], *names: str) -> list[tuple[tuple[str, ...], li
     return list(groups.items())
 
 
-def _markdown(titles: Sequence[str], lines: Iterable[Sequence[str]], text: int) -> list[str]:
+def markdown(titles: Sequence[str], lines: Iterable[Sequence[str]], text: int) -> list[str]:
+    """Return a Markdown table; the first ``text`` columns are words, the others numbers."""
     rule = ["---"] * text + ["---:"] * (len(titles) - text)
     return ["| " + " | ".join(cells) + " |" for cells in (titles, rule, *lines)]
 

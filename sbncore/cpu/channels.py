@@ -43,19 +43,25 @@ def cut(begin, length, weight, longest):
 
 
 @jit()
-def shift_of(x, begin, length, c, C, S, last):
-    """The mean of a few values of a channel, exactly their value where they are equal.
+def spots_of(begin, length, C, S, last):
+    """Where the first channel's values are of which its shift is made: a few, far apart."""
+    spots = np.empty(min(16, len(begin)), np.int64)
+    for k in range(len(spots)):
+        r = k * (len(begin) - 1) // max(1, len(spots) - 1)
+        place = begin[r] + length[r] // 2
+        spots[k] = place * C if last else place + place // S * (C - 1) * S
+    return spots
+
+
+@jit()
+def shift_of(x, spots, channel):
+    """The mean of a few values of the channel that is ``channel`` elements behind the first.
 
     One value would do but for an outlier; the running form keeps a constant a constant.
     """
     shift = zero(x)
-    count = min(16, len(begin))
-    for k in range(count):
-        r = k * (len(begin) - 1) // max(1, count - 1)
-        place = begin[r] + length[r] // 2
-        n = place // S
-        i = place * C + c if last is not None else place + (n * (C - 1) + c) * S
-        shift += (load(x, i) - shift) / cast(x, k + 1)
+    for k in range(len(spots)):
+        shift += (load(x, spots[k] + channel) - shift) * cast(x, 1.0 / (k + 1.0))
     return shift
 
 
@@ -63,8 +69,9 @@ def shift_of(x, begin, length, c, C, S, last):
 def shifts(x, begin, length, C, S, tile):
     """Every channel's shift, for channels-last rows."""
     shift = np.full((1, tile * C), zero(x))
+    spots = spots_of(begin, length, C, S, True)
     for c in range(C):
-        shift[0, c] = shift_of(x, begin, length, c, C, S, True)
+        shift[0, c] = shift_of(x, spots, c)
     repeat(shift, C)
     return shift[0]
 

@@ -12,7 +12,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from sbncore.cpu.channels import finish_backward, finish_forward, finish_moments, shift_of, slopes_of
+from sbncore.cpu.channels import (
+    finish_backward,
+    finish_forward,
+    finish_moments,
+    shift_of,
+    slopes_of,
+    spots_of,
+)
 from sbncore.cpu.compiled import jit
 from sbncore.cpu.elements import cast, zero
 from sbncore.cpu.lanes import LANES, aligned, claim, fence
@@ -97,8 +104,9 @@ def draw_moments(values, x, begin, length, weight, weigh, C, S, c0, c1):
     """values[0], values[1] = mean and var of the runs' places, about a shift of the block's own."""
     shift = np.empty(c1 - c0)
     partial = np.zeros((2, 1, c1 - c0))
+    spots = spots_of(begin, length, C, S, False)
     for c in range(c0, c1):
-        shift[c - c0] = shift_of(x, begin, length, c, C, S, None)
+        shift[c - c0] = shift_of(x, spots, c * S)
     for r in range(len(begin)):
         n = begin[r] // S
         p = weight[r] * weigh

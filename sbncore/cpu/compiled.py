@@ -32,7 +32,7 @@ def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
 def _stamped(dispatcher: Any) -> Any:
     """Numba's cache looks at the date of a function's own file: what it inlines lies in the others."""
-    file = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
+    file: Any = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
     if hasattr(file, "_source_stamp"):
         file._source_stamp = _SOURCES
     return dispatcher

@@ -70,12 +70,12 @@ def takes(part: Part) -> bool:
 
 def places(part: Part, key: int, S: int) -> Runs:
     """Return the runs of such a part, drawn with a key."""
-    weight, key = part.weight / part.count, np.uint64(key)
+    weight, word = part.weight / part.count, np.uint64(key)
     if isinstance(part, WholeSamples):
-        return Runs(*whole_samples(key, part.first, part.rows, part.samples, part.stride, S, weight))
+        return Runs(*whole_samples(word, part.first, part.rows, part.samples, part.stride, S, weight))
     assert isinstance(part, MapPlaces)
     return Runs(
-        *run_places(key, part.first, part.rows, part.positions, part.align, part.common, S, weight)
+        *run_places(word, part.first, part.rows, part.positions, part.align, part.common, S, weight)
     )
 
 

@@ -153,12 +153,14 @@ def store_lanes(
                 return
             lanes = cgutils.alloca_once(builder, value.type)
             builder.store(value, lanes)
-            elements = builder.bitcast(lanes, value.type.element.as_pointer())
+            element = ir.IntType(8 * size)
+            elements = builder.bitcast(lanes, element.as_pointer())
             begin, end = (builder.extract_value(args[3], k) for k in range(2))
             count = builder.sub(end, begin)
             with cgutils.for_range(builder, count) as loop:
                 lane = builder.add(begin, loop.index)
-                one = builder.load(builder.gep(elements, [lane]))
+                # atomic, or LLVM makes the loop a call of memcpy, for a few elements
+                one = builder.load_atomic(builder.gep(elements, [lane]), "monotonic", size)
                 write(one, cgutils.gep_inbounds(builder, first, lane), streamed and size >= 4)
 
         if isinstance(stream, types.Boolean):

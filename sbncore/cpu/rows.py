@@ -82,10 +82,19 @@ def sums_vector(dx, dresidual, dy, x, mask, v, w, shift, scale, offset, relu, st
 def sums_row(dx, dresidual, dy, x, mask, w, o, end, shift, scale, offset, relu, stream, ahead):
     """Return one channel's sums of g and g * (x - shift); dx = scale * g, dresidual = g where given."""
     first, second = 0.0, 0.0
-    whole = end & -LANES
-    for chunk in range((o + LANES - 1) & -LANES, whole, CHUNK):
-        a, b = nothing(x), nothing(x)
-        for v in range(chunk, min(chunk + CHUNK, whole), LANES):
+    a, b = nothing(x), nothing(x)
+    for k in range(2):
+        partial, v, keep = edge(o, end, k)
+        if partial:
+            g, product = sums_vector(
+                dx, dresidual, dy, x, mask, v, w, shift, scale, offset, relu, stream, ahead, keep
+            )
+            a = a + g
+            b = b + product
+    chunk, whole = (o + LANES - 1) & -LANES, end & -LANES
+    while True:
+        last = min(chunk + CHUNK, whole)
+        for v in range(chunk, last, LANES):
             g, product = sums_vector(
                 dx, dresidual, dy, x, mask, v, w, shift, scale, offset, relu, stream, ahead, None
             )
@@ -93,14 +102,10 @@ def sums_row(dx, dresidual, dy, x, mask, w, o, end, shift, scale, offset, relu, 
             b = b + product
         first += total(a)
         second += total(b)
-    for k in range(2):
-        partial, v, keep = edge(o, end, k)
-        if partial:
-            g, product = sums_vector(
-                dx, dresidual, dy, x, mask, v, w, shift, scale, offset, relu, stream, ahead, keep
-            )
-            first += total(g)
-            second += total(product)
+        if last >= whole:
+            break
+        chunk = last
+        a, b = nothing(x), nothing(x)
     return first, second
 
 

@@ -26,6 +26,7 @@ def _available() -> int:
 
 _threads = _available()
 _pool: ThreadPoolExecutor | None = None
+_pool_size = 0
 
 
 def get_num_threads() -> int:
@@ -39,17 +40,19 @@ def set_num_threads(count: int) -> None:
     Raises:
         TypeError, ValueError: if count is not a positive integer.
     """
-    global _threads, _pool
+    global _threads, _pool, _pool_size
     if not isinstance(count, int) or isinstance(count, bool):
         raise TypeError(f"count: expected an integer, got {count!r}")
     if count < 1:
         raise ValueError(f"count: expected at least 1 thread, got {count}")
-    _threads, _pool = count, None  # calls under way keep the pool they have
+    _threads = count
+    if count > _pool_size:
+        _pool, _pool_size = None, 0  # calls under way keep the pool they have
 
 
 def run(kernel: Callable[..., None], tasks: int, parallel: bool, *arguments: Any) -> None:
     """Call ``kernel(*arguments, counter)``, on all threads if ``parallel``; each takes tasks by counting."""
-    global _pool
+    global _pool, _pool_size
     counter = np.zeros(1, np.int64)
     threads = min(_threads, tasks) if parallel else 1
     if threads == 1:
@@ -57,7 +60,8 @@ def run(kernel: Callable[..., None], tasks: int, parallel: bool, *arguments: Any
         return
     pool = _pool
     if pool is None:
-        pool = _pool = ThreadPoolExecutor(_threads, thread_name_prefix="sbncore")
+        pool, _pool_size = ThreadPoolExecutor(_threads, thread_name_prefix="sbncore"), _threads
+        _pool = pool
     others = [pool.submit(kernel, *arguments, counter) for _ in range(threads - 1)]
     try:
         kernel(*arguments, counter)
@@ -68,8 +72,8 @@ def run(kernel: Callable[..., None], tasks: int, parallel: bool, *arguments: Any
 
 
 def _forget() -> None:
-    global _pool
-    _pool = None
+    global _pool, _pool_size
+    _pool, _pool_size = None, 0
 
 
 if hasattr(os, "register_at_fork"):
