@@ -75,7 +75,7 @@ def forward(
         c1 = min(C, c0 + group)
         values[:2, c0:c1] = 0
         if len(begin) > 0:
-            draw_moments(values, x, begin, length, weight, weigh, C, S, c0, c1)
+            draw_moments(values, spelled, x, begin, length, weight, weigh, short, C, S, c0, c1)
         finish_forward(values, x, parameters, c0, c1)
         if y is not None:
             if short is not None:
@@ -100,16 +100,29 @@ def forward(
 
 
 @jit()
-def draw_moments(values, x, begin, length, weight, weigh, C, S, c0, c1):
+def draw_moments(values, spelled, x, begin, length, weight, weigh, short, C, S, c0, c1):
     """values[0], values[1] = mean and var of the runs' places, about a shift of the block's own."""
-    shift = np.empty(c1 - c0)
+    shift, m = np.empty(c1 - c0), (c1 - c0) * S
     partial = np.zeros((2, 1, c1 - c0))
     spots = spots_of(begin, length, C, S, False)
     for c in range(c0, c1):
         shift[c - c0] = shift_of(x, spots, c * S)
+    if short is not None:
+        spell(spelled, 0, shift, 0, c1 - c0, S)
+    totals, held = spelled[5:], 0  # whole samples, that are not yet in partial
     for r in range(len(begin)):
         n = begin[r] // S
         p = weight[r] * weigh
+        if short is not None and length[r] == S:
+            o = (n * C + c0) * S
+            add_row(
+                (totals[0], totals[1]), None, x, None, 0, o, o + m, spelled[0, :m], None, None, None, C * S
+            )
+            held += 1
+            if held == FLUSH or r == len(begin) - 1 or length[r + 1] < S or weight[r + 1] != weight[r]:
+                flush(partial, totals, p, c1 - c0, S)
+                held = 0
+            continue
         ahead = S * (1 + AHEAD // length[r])
         for c in range(c0, c1):
             o = begin[r] + (n * (C - 1) + c) * S
@@ -164,7 +177,7 @@ def backward(
                     spelled[0, :m], spelled[1, :m], spelled[2, :m], relu, C * S,
                 )  # fmt: skip
                 if n == N - 1 or n % FLUSH == FLUSH - 1:
-                    flush(sums, totals, c1 - c0, S)
+                    flush(sums, totals, 1.0, c1 - c0, S)
             if scale == 0 and short is None:
                 if writes and not dense:
                     add_segment(
@@ -227,11 +240,11 @@ def add_segment(
 
 
 @jit()
-def flush(sums, totals, channels, S):
-    """Add up what each place of short maps was summed to."""
+def flush(sums, totals, p, channels, S):
+    """Add p times what the places of short maps were summed to, and begin anew."""
     for k in range(2):
         for c in range(channels):
-            sums[k, 0, c] += sum_of(totals[k], c * S, (c + 1) * S)
+            sums[k, 0, c] += p * sum_of(totals[k], c * S, (c + 1) * S)
     totals[:] = 0
 
 
