@@ -3,7 +3,8 @@
 A row is all channels of ``tile`` consecutive places, with coefficients repeated ``tile`` times, so that a few
 channels still make a long row. A task is a block of the runs and writes places, or a row of the partial sums,
 of its own; the blocks depend on the shape alone, so results do not depend on the threads. Sums are float32
-(float64 for float64) within a run, float64 beyond.
+(float64 for float64) within a run, float64 beyond. A mask's bit e is element e's; the rows that write it
+begin at whole words.
 """
 
 from __future__ import annotations
@@ -11,14 +12,8 @@ from __future__ import annotations
 import numpy as np
 
 from sbncore.cpu.compiled import jit
-from sbncore.cpu.lanes import LANES, aligned, claim, fence
+from sbncore.cpu.lanes import aligned, claim, fence
 from sbncore.cpu.rows import add_row, normalize_row, repair_row
-
-
-@jit()
-def row_words(C):
-    """How many words of a mask a place has, all its own."""
-    return C // LANES + 2 * ((C % LANES + LANES - 1) // LANES)
 
 
 @jit()
@@ -39,7 +34,6 @@ def sums(
     """
     writes = dx is not None or dresidual is not None
     stream = stream and aligned(dx) and aligned(dresidual)
-    words = row_words(C)
     totals = np.zeros((2, tile * C), shift.dtype)
     both = totals[0], totals[1]
     while True:
@@ -51,11 +45,10 @@ def sums(
             for p in range(0, length[r], tile):
                 row = begin[r] + p
                 o, m = row * C, min(tile, length[r] - p) * C
-                w = row * words - (o >> 4)
-                add_row(both, dy, x, mask, w, o, o + m, shift, scale, offset, relu, m)
+                add_row(both, dy, x, mask, 0, o, o + m, shift, scale, offset, relu, m)
                 if writes:
                     repair_row(
-                        dx, dresidual, dy, x, mask, w, o, o + m, shift, scale, offset, None, None, None, relu,
+                        dx, dresidual, dy, x, mask, 0, o, o + m, shift, scale, offset, None, None, None, relu,
                         stream, 0,
                     )  # fmt: skip
             for i in range(min(tile, length[r])):
@@ -76,7 +69,6 @@ def normalize(
     Reads x and residual, writes y, once.
     """
     stream = stream and aligned(y)
-    words = row_words(C)
     while True:
         t = claim(counter)
         if t >= tasks:
@@ -86,8 +78,7 @@ def normalize(
             for p in range(0, length[r], tile):
                 row = begin[r] + p
                 o, m = row * C, min(tile, length[r] - p) * C
-                w = row * words - (o >> 4)
-                normalize_row(y, mask, x, residual, w, o, o + m, shift, scale, offset, relu, stream, m)
+                normalize_row(y, mask, x, residual, 0, o, o + m, shift, scale, offset, relu, stream, m)
     if stream:
         fence()
 
@@ -103,7 +94,6 @@ def repair(
     k1 = scale * rstd * dweight make the bracket of the exact gradient.
     """
     stream = stream and aligned(dx) and aligned(dresidual)
-    words = row_words(C)
     while True:
         t = claim(counter)
         if t >= tasks:
@@ -113,9 +103,8 @@ def repair(
             for p in range(0, length[r], tile):
                 row = begin[r] + p
                 o, m = row * C, min(tile, length[r] - p) * C
-                w = row * words - (o >> 4)
                 repair_row(
-                    dx, dresidual, dy, x, mask, w, o, o + m, shift, scale, offset, k0, k1, weight[r], relu,
+                    dx, dresidual, dy, x, mask, 0, o, o + m, shift, scale, offset, k0, k1, weight[r], relu,
                     stream, m,
                 )  # fmt: skip
     if stream:

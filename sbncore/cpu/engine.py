@@ -59,10 +59,18 @@ def cut_first(layout: Layout) -> Cut:
     short = S < SHORT
     tasks = max(1, min(TASKS // 4, C, N * C * S // TASK))
     group = max(1, min(-(-(SHORT_SEGMENT if short else SEGMENT) // S), -(-C // tasks)))
-    even = LANES // math.gcd(S, LANES)  # channels whose coefficients, spelled out, are whole vectors
-    if short and C > even:
-        group = -(-group // even) * even
+    if short and C > _even(S):  # coefficients, spelled out, are whole vectors
+        group = _multiple(group, _even(S))
     return Cut(short or None, group, -(-C // group), N * C * S >= PARALLEL)
+
+
+def _even(size: int) -> int:
+    """How many of a size make whole vectors."""
+    return LANES // math.gcd(size, LANES)
+
+
+def _multiple(value: int, of: int) -> int:
+    return -(-value // of) * of
 
 
 class Work(NamedTuple):
@@ -83,7 +91,9 @@ class Work(NamedTuple):
 def work_at(layout: Layout, runs: Runs, masked: bool) -> Work:
     """Return the work over runs of places."""
     C = layout.C
-    tile = 1 if masked and C % LANES else max(1, TILE // C)  # a mask's words do not cross rows
+    tile = max(1, TILE // C)
+    if masked:
+        tile = _multiple(tile, _even(C))  # no two rows write bits of one word
     longest = max(PLACES, RUN // C) // tile * tile
     begin, length, weight, places = channels.cut(*runs, longest)
     tasks = min(TASKS, max(1, places * C // TASK), max(1, len(begin)))
@@ -217,8 +227,8 @@ def _streams(like: np.ndarray, layout: Layout) -> bool:
 
 
 def mask_size(layout: Layout) -> int:
-    """Return the bytes of a mask: a bit per element, in words that no two rows share."""
+    """Return the bytes of a mask: a bit per element, and up to 4 bytes more per map, channels-first."""
     N, C, S = layout.N, layout.C, layout.S
     if layout.last:  # plain arithmetic: a compiler's symbols pass through it
-        return 2 * N * S * channels_last.row_words.py_func(C)
+        return 2 * ((N * S * C + LANES - 1) // LANES)
     return 2 * N * channels_first.sample_words.py_func(C, S)

@@ -241,9 +241,12 @@ def read_bits(typingctx: Any, mask: Any, bit: Any) -> tuple[Any, Callable[..., A
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         bit = args[1]
+        size = context.make_array(mask)(context, builder, args[0]).nitems
+        end = builder.sub(builder.ashr(size, ir.Constant(size.type, 1)), ir.Constant(size.type, 1))
         both = []
-        for k in (0, LANES - 1):  # the words of the first bit and of the last
+        for k in (0, LANES - 1):  # the words of the first bit and of the last, which may lie beyond the end
             word = builder.ashr(builder.add(bit, ir.Constant(bit.type, k)), ir.Constant(bit.type, 4))
+            word = builder.select(builder.icmp_signed("<", word, end), word, end)
             loaded = builder.load(_word(context, builder, mask, args[0], word))
             loaded.align = 1
             both.append(builder.zext(loaded, I32))
