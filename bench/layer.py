@@ -184,7 +184,10 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     options.shapes = options.shapes or [*map(_shape, QUICK if options.quick else SHAPES)]
     options.rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
     if options.against is None:
-        options.against = ["numpy", *["torch"] * (peers.torch_version() is not None)]
+        options.against = ["numpy", "torch"]
+        if peers.torch_version() is None:
+            options.against.remove("torch")
+            print("PyTorch is not installed: no column of its", file=sys.stderr)
     for name in options.against:
         if importlib.util.find_spec(peers.NEEDS.get(name, "numpy")) is None:
             parser.error(f"--against {name} needs the package {peers.NEEDS[name]}, which is not installed")

@@ -22,6 +22,7 @@ PLACES = 64  # of such a run at least: what flushing its sums is shared among
 TASK = 16384  # elements worth a task of their own
 TASKS = 64
 PARALLEL = 1 << 20  # elements worth waking the other threads: it takes 50 to 100 us
+AWAKE = 8  # times fewer are worth threads that are awake, OpenMP's
 NOWHERE = Runs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
 
 
@@ -49,7 +50,7 @@ class Cut(NamedTuple):
     short: bool | None  # True or None, as the kernels take it
     group: int  # channels of a task
     tasks: int
-    parallel: bool
+    elements: int
 
 
 @lru_cache(maxsize=1024)
@@ -61,7 +62,12 @@ def cut_first(layout: Layout) -> Cut:
     group = max(1, min(-(-(SHORT_SEGMENT if short else SEGMENT) // S), -(-C // tasks)))
     if short and C > _even(S):  # coefficients, spelled out, are whole vectors
         group = _multiple(group, _even(S))
-    return Cut(short or None, group, -(-C // group), N * C * S >= PARALLEL)
+    return Cut(short or None, group, -(-C // group), N * C * S)
+
+
+def _parallel(elements: int) -> bool:
+    """Whether a call is worth more than one thread."""
+    return elements >= PARALLEL or (threads.openmp() > 0 and elements >= PARALLEL // AWAKE)
 
 
 def _even(size: int) -> int:
@@ -81,11 +87,11 @@ class Work(NamedTuple):
     weight: np.ndarray
     tile: int
     tasks: int
-    parallel: bool
+    elements: int
 
     def run(self, kernel: Any, C: int, *arguments: Any) -> None:
         """Call a kernel over all tasks."""
-        threads.run(kernel, self.tasks, self.parallel, *arguments, C, self.tile, self.tasks)
+        threads.run(kernel, self.tasks, _parallel(self.elements), *arguments, C, self.tile, self.tasks)
 
 
 def work_at(layout: Layout, runs: Runs, masked: bool) -> Work:
@@ -97,7 +103,7 @@ def work_at(layout: Layout, runs: Runs, masked: bool) -> Work:
     longest = max(PLACES, RUN // C) // tile * tile
     begin, length, weight, places = channels.cut(*runs, longest)
     tasks = min(TASKS, max(1, places * C // TASK), max(1, len(begin)))
-    return Work(begin, length, weight, tile, tasks, places * C >= PARALLEL)
+    return Work(begin, length, weight, tile, tasks, places * C)
 
 
 @lru_cache(maxsize=1024)
@@ -128,7 +134,7 @@ def forward(
     if not layout.last:
         cut = cut_first(layout)
         threads.run(
-            channels_first.forward, cut.tasks, cut.parallel, y, mask, x, residual, values, parameters, *runs,
+            channels_first.forward, cut.tasks, _parallel(cut.elements), y, mask, x, residual, values, parameters, *runs,
             weigh, relu or None, cut.short, stream, layout.N, layout.C, layout.S, cut.group,
         )  # fmt: skip
         return
@@ -183,7 +189,7 @@ def backward(
     if not layout.last:
         cut = cut_first(layout)
         threads.run(
-            channels_first.backward, cut.tasks, cut.parallel, dx, dresidual, dy, x, mask, values, total,
+            channels_first.backward, cut.tasks, _parallel(cut.elements), dx, dresidual, dy, x, mask, values, total,
             dweight, dbias, *runs, scale, full, repairs, relu or None, cut.short, stream, layout.N, layout.C,
             layout.S, cut.group,
         )  # fmt: skip

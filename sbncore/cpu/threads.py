@@ -1,12 +1,16 @@
 """Threads for kernels that release the GIL: a pool made at first use, made anew in a forked child.
 
 Plain threads rather than Numba's parallel layers: those abort the process when two Python threads enter one
-of them, or a forked child another; and one compilation serves the serial and the parallel call.
+of them, or a forked child another; and one compilation serves the serial and the parallel call. Beside
+PyTorch, whose OpenMP threads spin between its calls, those do the work (`sbncore.cpu.team`).
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -27,6 +31,7 @@ def _available() -> int:
 _threads = _available()
 _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
+_entry: int | None = None  # not looked for yet
 
 
 def get_num_threads() -> int:
@@ -58,6 +63,12 @@ def run(kernel: Callable[..., None], tasks: int, parallel: bool, *arguments: Any
     if threads == 1:
         kernel(*arguments, counter)
         return
+    entry = openmp()
+    if entry:
+        from sbncore.cpu.team import TEAMS
+
+        TEAMS[kernel](entry, threads, (*arguments, counter))
+        return
     pool = _pool
     if pool is None:
         pool, _pool_size = ThreadPoolExecutor(_threads, thread_name_prefix="sbncore"), _threads
@@ -71,9 +82,24 @@ def run(kernel: Callable[..., None], tasks: int, parallel: bool, *arguments: Any
                 other.result()
 
 
+def openmp() -> int:
+    """Return where the OpenMP that PyTorch runs on begins a team, or 0 without it."""
+    global _entry
+    if _entry is None and "torch" in sys.modules:
+        _entry = 0
+        with contextlib.suppress(OSError, AttributeError, ValueError):
+            with open("/proc/self/maps", encoding="utf-8") as maps:
+                paths = {line.split()[-1] for line in maps if "libgomp" in line or "libiomp5" in line}
+            (path,) = paths  # of two there is no telling which one PyTorch's threads are
+            function = ctypes.CDLL(path).GOMP_parallel
+            _entry = ctypes.cast(function, ctypes.c_void_p).value or 0
+    return _entry or 0
+
+
 def _forget() -> None:
-    global _pool, _pool_size
-    _pool, _pool_size = None, 0
+    """In a forked child neither pool has its threads: GNU's OpenMP would wait for them for ever."""
+    global _pool, _pool_size, _entry
+    _pool, _pool_size, _entry = None, 0, 0
 
 
 if hasattr(os, "register_at_fork"):
