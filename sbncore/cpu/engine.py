@@ -134,8 +134,9 @@ def forward(
     if not layout.last:
         cut = cut_first(layout)
         threads.run(
-            channels_first.forward, cut.tasks, _parallel(cut.elements), y, mask, x, residual, values, parameters, *runs,
-            weigh, relu or None, cut.short, stream, layout.N, layout.C, layout.S, cut.group,
+            channels_first.forward, cut.tasks, _parallel(cut.elements), y, mask, x, residual, values,
+            parameters, *runs, weigh, relu or None, cut.short, stream, layout.N, layout.C, layout.S,
+            cut.group,
         )  # fmt: skip
         return
     C = layout.C
@@ -189,9 +190,9 @@ def backward(
     if not layout.last:
         cut = cut_first(layout)
         threads.run(
-            channels_first.backward, cut.tasks, _parallel(cut.elements), dx, dresidual, dy, x, mask, values, total,
-            dweight, dbias, *runs, scale, full, repairs, relu or None, cut.short, stream, layout.N, layout.C,
-            layout.S, cut.group,
+            channels_first.backward, cut.tasks, _parallel(cut.elements), dx, dresidual, dy, x, mask, values,
+            total, dweight, dbias, *runs, scale, full, repairs, relu or None, cut.short, stream, layout.N,
+            layout.C, layout.S, cut.group,
         )  # fmt: skip
         return
     C = layout.C
