@@ -84,7 +84,7 @@ class NumPy:
 
     name = "NumPy"
 
-    def __init__(self, data: Data) -> None:
+    def __init__(self, data: Data, threads: int = 1) -> None:
         self.data = data
         self.x, self.dy, self.y, self.dx = map(data.memory, (data.x, data.dy, data.y, data.dx))
         self.residual = None if data.residual is None else data.memory(data.residual)

@@ -26,7 +26,7 @@ from bench.cases import WrongResult
 from bench.data import BadData, Data, load
 from bench.layer import BUSY, SPINNING
 from bench.progress import Progress
-from bench.report import machine
+from bench.report import Machine, machine
 
 try:
     import torch
@@ -175,9 +175,8 @@ def accuracy(network: torch.nn.Module, x: torch.Tensor, labels: torch.Tensor) ->
     return right / len(x)
 
 
-def check(network: torch.nn.Module, data: Data, settings: Settings, fuse: bool) -> None:
+def check(network: torch.nn.Module, x: torch.Tensor, settings: Settings, fuse: bool) -> None:
     """Raise WrongResult unless the conversion by ``Full()`` agrees on one batch's forward, in training."""
-    x, _ = _tensors(data.x[: settings.batch], data.labels[: settings.batch], settings)
     # a GPU would round what convolutions are given to 10 bits: rounding errors grow a thousandfold
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         wanted = copy.deepcopy(network).train()(x)
@@ -230,9 +229,12 @@ def main(arguments: list[str]) -> None:
     options = _options(arguments)
     if torch is None:
         sys.exit("training needs PyTorch, which is not installed: pip install torch")
+    command = shlex.join(["python", "-m", "bench", "training", *arguments])
     try:
-        command = ["python", "-m", "bench", "training", *arguments]
-        _train(options, _subset(load(options.data), options), shlex.join(command))
+        if options.speed:
+            _speed(options, command)
+        else:
+            _train(options, _subset(load(options.data), options), command)
     except BadData as bad:
         sys.exit(str(bad))
     except WrongResult as wrong:
@@ -248,9 +250,8 @@ def _subset(data: Data, options: argparse.Namespace) -> Data:
     return data
 
 
-def _train(options: argparse.Namespace, data: Data, command: str) -> None:
-    from bench.resnet import resnet
-
+def _machine(options: argparse.Namespace) -> Machine:
+    """Set the threads; return where they are."""
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("--device cuda: expected a CUDA device, PyTorch finds none")
     threads = options.threads or sbn.get_num_threads()
@@ -261,10 +262,28 @@ def _train(options: argparse.Namespace, data: Data, command: str) -> None:
         where = replace(where, cpu=f"{torch.cuda.get_device_name()}, {where.cpu}")
     if float(where.load or 0) > BUSY * where.cores:
         print(f"the machine is busy (load {where.load}): {SPINNING}", file=sys.stderr)
+    return where
+
+
+def _speed(options: argparse.Namespace, command: str) -> None:
+    from bench import speed
+
+    where = _machine(options)
+    settings = Settings(
+        batch=options.batch, seed=options.seed, device=options.device, channels_last=options.channels_last
+    )
+    speed.run(settings, options.rounds, where, command, options.out)
+
+
+def _train(options: argparse.Namespace, data: Data, command: str) -> None:
+    from bench.resnet import resnet
+
+    where = _machine(options)
     named = ("epochs", "batch", "seed", "device", "channels_last")
     settings = Settings(**{name: getattr(options, name) for name in named})
     network = resnet(data.classes, seed=options.seed).to(options.device, memory_format=settings.layout)
-    check(network, data, settings, options.fuse)
+    first, _ = _tensors(data.x[: settings.batch], data.labels[: settings.batch], settings)
+    check(network, first, settings, options.fuse)
     sampled = converted(network, SAMPLERS[options.sampler], options.seed, options.fuse)
     name = f"sampled {options.sampler}{', fused' if options.fuse else ''}"
     runs = train({FULL_BN: network, name: sampled}, data, settings)
@@ -293,10 +312,24 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="for training.md and training.csv")
+    parser.add_argument(
+        "--speed", action="store_true",
+        help="only the time of a step, of random images, and normalization's share of it",
+    )  # fmt: skip
+    parser.add_argument("--rounds", type=_positive, help="steps of each, with --speed; default: 40")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_IMAGES:,} images, 2 epochs")
     options = parser.parse_args(arguments)
+    if options.speed:
+        for name in ("epochs", "images", "data"):
+            if getattr(options, name) is not None:
+                parser.error(f"--{name} is not for --speed, which trains on random images")
+        if not options.fuse or options.sampler != "fs/16":
+            parser.error("--sampler, --no-fuse are not for --speed, which times its own, fused")
+    elif options.rounds is not None:
+        parser.error("--rounds needs --speed")
+    options.rounds = options.rounds or (10 if options.quick else 40)
     options.epochs = options.epochs or (2 if options.quick else Settings.epochs)
-    options.batch = options.batch or (64 if options.quick else Settings.batch)
+    options.batch = options.batch or (64 if options.quick or options.speed else Settings.batch)
     return options
 
 

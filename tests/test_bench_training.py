@@ -267,3 +267,28 @@ def test_it_is_among_the_benchmarks():
     command = [sys.executable, "-m", "bench", "training", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "--channels-last" in done.stdout
+
+
+def test_the_speed_of_a_step_and_normalizations_share(tmp_path, monkeypatch, capsys):
+    from bench import speed
+
+    monkeypatch.setattr(speed, "IMAGE", (2, 8, 8))
+    training.main(["--speed", "--rounds", "2", "--batch", "4", "--out", str(tmp_path)])
+    text = (tmp_path / "training-speed.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out.strip() in text
+    with (tmp_path / "training-speed.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["normalization"] for row in rows] == [training.FULL_BN, *speed.SAMPLERS]
+    for row in rows:
+        assert 0 < float(row["share"]) < 1 and 0 < float(row["step_p20"]) <= float(row["step_p80"])
+
+
+@pytest.mark.parametrize("wrong, complaint", [
+    (["--speed", "--epochs", "1"], "--epochs is not for --speed"),
+    (["--speed", "--no-fuse"], "--sampler, --no-fuse are not for --speed"),
+    (["--rounds", "3"], "--rounds needs --speed"),
+])  # fmt: skip
+def test_what_the_speed_of_a_step_takes(wrong, complaint, capsys):
+    with pytest.raises(SystemExit):
+        training.main(wrong)
+    assert complaint in capsys.readouterr().err
