@@ -27,7 +27,7 @@ NOWHERE = Runs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
 
 
 def _worth_streaming() -> int:
-    """Bytes of an output from which on it is written past the caches: a quarter of the last of them.
+    """Bytes of a gradient from which on it is written past the caches: a quarter of the last of them.
 
     SBNCORE_STREAM, in bytes, has the last word: 0 streams everything.
     """
@@ -42,6 +42,7 @@ def _worth_streaming() -> int:
 
 
 STREAM = _worth_streaming()
+KEPT = 3  # times larger is an output that is streamed: a forward has fewer arrays in the cache with it
 
 
 class Cut(NamedTuple):
@@ -130,7 +131,7 @@ def forward(
     The runs' weights sum to 1 / ``weigh``; without runs the statistics are the prior's. Without a y the
     statistics are all.
     """
-    stream = y is not None and _streams(y, layout)
+    stream = y is not None and _streams(y, layout, KEPT * STREAM)
     if not layout.last:
         cut = cut_first(layout)
         threads.run(
@@ -185,7 +186,7 @@ def backward(
         scale: 0 for sums over everything; above it, for sums over the runs times it; below, the sums are
             given in total, and only dx at the runs is written.
     """
-    stream = _streams(x, layout)
+    stream = _streams(x, layout, STREAM)
     repairs = dx is not None and len(runs.begin) > 0
     if not layout.last:
         cut = cut_first(layout)
@@ -227,10 +228,10 @@ def backward(
         )  # fmt: skip
 
 
-def _streams(like: np.ndarray, layout: Layout) -> bool:
-    """Whether an output such as this is written past the caches: not where a row's ends could not be."""
+def _streams(like: np.ndarray, layout: Layout, worth: int) -> bool:
+    """Whether outputs, worth it from so many bytes on, are streamed: not where a row's ends could not be."""
     whole = layout.last or layout.S < SHORT or layout.S % LANES == 0
-    return like.nbytes >= STREAM and (whole or like.itemsize >= 4)
+    return like.nbytes >= worth and (whole or like.itemsize >= 4)
 
 
 def mask_size(layout: Layout) -> int:
