@@ -5,6 +5,7 @@
 
 from sbncore.cpu.threads import get_num_threads, set_num_threads
 from sbncore.drawing import Sampler
+from sbncore.estimates import Fidelity, fidelity, suggest
 from sbncore.functional import Grads, Saved, backward, forward, moments, normalize, repair
 from sbncore.gradients import GradientReport, check_gradients
 from sbncore.noise import white_noise
@@ -27,5 +28,6 @@ __all__ = [
     "Full", "BatchSampling", "FeatureSampling", "NaiveSampling", "VirtualSamples", "Mixture", "Prior",
     "Sampler", "Plan", "forward", "backward", "Saved", "Grads", "batch_norm", "moments", "merge",
     "normalize", "repair", "white_noise", "Statistics", "check_gradients", "GradientReport",
+    "fidelity", "Fidelity", "suggest",
     "get_num_threads", "set_num_threads",
 ]  # fmt: skip

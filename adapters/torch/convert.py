@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import nn
@@ -30,7 +30,7 @@ Skip = Collection[str] | Callable[[str, nn.Module], bool]
 
 def convert_sampled_batchnorm(
     model: nn.Module,
-    sampler: sbn.Sampler,
+    sampler: sbn.Sampler | Mapping[str, sbn.Sampler],
     *,
     gradient: str = "exact",
     fuse: bool = False,
@@ -47,7 +47,8 @@ def convert_sampled_batchnorm(
 
     Args:
         model: any module; it may be a BatchNorm layer itself.
-        sampler, gradient, process_group, seed, skip_nonfinite: as `SampledBatchNorm`.
+        sampler, gradient, process_group, seed, skip_nonfinite: as `SampledBatchNorm`. Samplers by the names
+            of layers, as `suggest_samplers` returns them, leave the layers not named as they are.
         fuse: also fuse BatchNorm and ReLU, and BatchNorm, addition and ReLU, where torch.fx can trace a
             module (`sbncore.adapters.torch.fuse`); what it cannot is said in a warning.
         skip: names of layers as in ``named_modules``, or a function of (name, layer), to be left as they are.
@@ -61,17 +62,28 @@ def convert_sampled_batchnorm(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     options: dict[str, Any] = {
-        "sampler": sampler, "gradient": gradient, "activation": None, "seed": seed,
-        "skip_nonfinite": skip_nonfinite,
+        "gradient": gradient, "activation": None, "seed": seed, "skip_nonfinite": skip_nonfinite,
     }  # fmt: skip
-    SampledBatchNorm(1, **options)  # complains
+    by_name = sampler if isinstance(sampler, Mapping) else None
+    chosen: Any = (sampler,) if by_name is None else (FULL, *by_name.values())
+    for one in chosen:
+        SampledBatchNorm(1, sampler=one, **options)  # complains
     skipped = _skipper(model, skip)
+    if by_name is not None:
+        _known(model, by_name, "sampler")
+        asked = skipped
+
+        def skipped(name: str, module: nn.Module) -> bool:
+            return name not in by_name or asked(name, module)
+
     numbers: dict[nn.Module, int] = {}
+    samplers: dict[nn.Module, Any] = {}
     for name, module in model.named_modules():
         if not isinstance(module, _BatchNorm) or skipped(name, module):
             continue
         if isinstance(module, SampledBatchNorm) or type(module) in PAIRS:
             numbers[module] = len(numbers)
+            samplers[module] = sampler if by_name is None else by_name[name]
         elif type(module).__name__.startswith("LazyBatchNorm"):
             warnings.warn(f"{name}: a lazy layer is converted after its first call, not now", stacklevel=2)
         else:
@@ -83,9 +95,9 @@ def convert_sampled_batchnorm(
         group = process_group or getattr(module, "process_group", None)
         if group is None and isinstance(module, nn.SyncBatchNorm):
             group = "world"
-        chosen = PAIRS.get(type(module), type(module))  # type: ignore[call-overload]
-        new = _like(module, chosen)
-        ours = options | {"activation": getattr(module, "activation", None)}
+        kind = PAIRS.get(type(module), type(module))  # type: ignore[call-overload]
+        new = _like(module, kind)
+        ours = options | {"activation": getattr(module, "activation", None), "sampler": samplers[module]}
         new.configure(**ours, process_group=group, layer=numbers[module])
         return new
 
@@ -150,7 +162,12 @@ def _skipper(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool]:
     if isinstance(skip, str):
         raise TypeError(f"skip: expected a collection of names, got the string {skip!r}")
     names = set(skip)
-    unknown = names - {name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
-    if unknown:
-        raise ValueError(f"skip: expected names of BatchNorm layers of the model, got {sorted(unknown)}")
+    _known(model, names, "skip")
     return lambda name, module: name in names
+
+
+def _known(model: nn.Module, names: Collection[str], argument: str) -> None:
+    unknown = set(names) - {name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    if unknown:
+        wanted = "names of BatchNorm layers of the model"
+        raise ValueError(f"{argument}: expected {wanted}, got {sorted(unknown)}")

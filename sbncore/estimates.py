@@ -1,0 +1,184 @@
+"""How near a sampler's estimates come to the full batch's statistics, on the user's own tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from sbncore.arrays import Array, borrow
+from sbncore.checks import array, epsilon
+from sbncore.drawing import Sampler, batch_shape, integer
+from sbncore.functional import moments
+from sbncore.samplers import BatchSampling, FeatureSampling, Full
+from sbncore.statistics import Statistics
+
+RATIOS = 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2
+LINE = 16  # values of a cache line
+
+
+@dataclass(frozen=True, eq=False)
+class Fidelity:
+    """What `fidelity` found: printable.
+
+    Attributes:
+        sampler: whose estimates these are.
+        mean_errors, std_errors: (C,) float64, root mean squares over the draws, in standard deviations.
+        count: values per channel that a draw's statistics come from, as `Statistics.count`.
+        draws: how many there were.
+    """
+
+    sampler: Sampler
+    mean_errors: np.ndarray
+    std_errors: np.ndarray
+    count: float
+    draws: int
+
+    @property
+    def mean_error(self) -> float:
+        """Root mean square of mean_errors over the channels."""
+        return float(np.sqrt(np.mean(self.mean_errors**2)))
+
+    @property
+    def std_error(self) -> float:
+        """Root mean square of std_errors over the channels."""
+        return float(np.sqrt(np.mean(self.std_errors**2)))
+
+    @property
+    def error(self) -> float:
+        """The larger of mean_error and std_error."""
+        return max(self.mean_error, self.std_error)
+
+    @property
+    def effective(self) -> float:
+        """Independent values whose mean would be as near: ``1 / mean_error**2``, which may be infinite."""
+        return 1 / self.mean_error**2 if self.mean_error else math.inf
+
+    @property
+    def correlation(self) -> float:
+        """Between any two values of a draw, as if all were alike: ``(count / effective - 1) / (count - 1)``.
+
+        Kish's design effect. Below 0 where a draw is better than independent values: without repetition, or
+        evenly spread.
+        """
+        return (self.count / self.effective - 1) / (self.count - 1) if self.count > 1 else 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.sampler}: mean off by {self.mean_error:.3g}, deviation by {self.std_error:.3g} standard "
+            f"deviations (root mean squares over {len(self.mean_errors)} channels and {self.draws} draws); "
+            f"{self.count:.4g} values, as good as {self.effective:.4g} independent ones"
+        )
+
+
+def fidelity(
+    x: Array, sampler: Sampler, *, draws: int = 32, channel_axis: int = 1, eps: float = 1e-5, seed: int = 0
+) -> Fidelity:
+    """Return how far the sampler's statistics of x are from the full batch's.
+
+    ``mean_error = (mean' - mean) / sqrt(var + eps)``, ``std_error = sqrt((var' + eps) / (var + eps)) - 1``,
+    mean' and var' a draw's, mean and var all real samples'.
+
+    Args:
+        x: (N, C, *spatial), as `forward` takes it: what goes into the layer. Virtual samples, if the sampler
+            takes statistics from them, are its last rows.
+        sampler: how to draw; no `Prior`, whose statistics are not x's.
+        draws: how many steps to draw for.
+        channel_axis, eps: as `forward`.
+        seed: names the draws.
+
+    Raises:
+        TypeError, ValueError: as `forward`; for draws that are no positive integer; for a prior.
+
+    Source: the paper's measure of correlated data, Chen et al., IEEE TNNLS 32(1), 2021, section III, as
+        Kish's design effect (Survey Sampling, 1965, section 8.2).
+    """
+    if not isinstance(sampler, Sampler):
+        raise TypeError(f"sampler: expected a Sampler, got {type(sampler).__name__}")
+    if integer("draws", draws) < 1:
+        raise ValueError(f"draws: expected at least 1, got {draws}")
+    eps = epsilon(eps, False)
+    shape = array(x, "x", channel_axis).shape
+    if 0 in shape:
+        raise ValueError(f"x: expected values, got an empty array of shape {tuple(shape)}")
+    plans = [
+        sampler.plan(shape, channel_axis=channel_axis, seed=seed, step=step, fewest=1)
+        for step in range(draws)
+    ]
+    if plans[0].prior:
+        raise ValueError(f"sampler: expected one that draws from x alone, got {sampler}")
+    real = shape[0] - sampler.virtual
+    if real < 1:
+        raise ValueError(f"x: expected samples beside {sampler.virtual} virtual ones, got {shape[0]} in all")
+    mean, var = _moments(moments(x[:real], channel_axis=channel_axis, dtype="float64"))
+    var += eps
+    off = np.zeros((2, len(mean)))
+    for plan in plans:
+        drawn = moments(x, plan, channel_axis=channel_axis, dtype="float64")
+        drawn_mean, drawn_var = _moments(drawn)
+        off[0] += (drawn_mean - mean) ** 2 / var
+        off[1] += (np.sqrt((drawn_var + eps) / var) - 1) ** 2
+    mean_errors, std_errors = np.sqrt(off / draws)
+    return Fidelity(sampler, mean_errors, std_errors, drawn.count, draws)
+
+
+def suggest(
+    x: Array,
+    *,
+    tolerance: float = 0.1,
+    candidates: Iterable[Sampler] | None = None,
+    draws: int = 16,
+    channel_axis: int = 1,
+    eps: float = 1e-5,
+    seed: int = 0,
+) -> Sampler:
+    """Return the cheapest sampler whose `Fidelity.error` on x is within the tolerance.
+
+    Cheap is what touches few cache lines of a float32 tensor in x's order of axes. A step's noise is the
+    layer's; errors of layers add up through a network, so that a small tolerance suits a deep one.
+
+    Args:
+        x, draws, channel_axis, eps, seed: as `fidelity`.
+        tolerance: in standard deviations, positive.
+        candidates: samplers in order of preference, the first that will do is returned; by default
+            FeatureSampling and BatchSampling of 1/64 to 1/2, the cheapest first.
+
+    Returns:
+        A sampler; `Full` where none of the candidates will do.
+
+    Raises:
+        TypeError, ValueError: as `fidelity`; for a tolerance that is no positive number.
+    """
+    if isinstance(tolerance, bool) or not isinstance(tolerance, int | float):
+        raise TypeError(f"tolerance: expected a number, got {tolerance!r}")
+    if not tolerance > 0:
+        raise ValueError(f"tolerance: expected a positive number, got {tolerance!r}")
+    if candidates is None:
+        shape = array(x, "x", channel_axis).shape
+        candidates = _cheapest_first(batch_shape(shape, channel_axis), channel_axis % len(shape))
+    for sampler in candidates:
+        found = fidelity(x, sampler, draws=draws, channel_axis=channel_axis, eps=eps, seed=seed)
+        if found.error <= tolerance:
+            return sampler
+    return Full()
+
+
+def _cheapest_first(outer: tuple[int, ...], axis: int) -> list[Sampler]:
+    N, S = outer[0], math.prod(outer[1:])
+    lines: dict[Sampler, float] = {}
+    for ratio in RATIOS:
+        samples, places = round(ratio * N), round(ratio * S)
+        if samples and samples * S > 1:
+            lines[BatchSampling(ratio)] = samples * S / LINE
+        if places and N * places > 1 and S > 1:
+            whole = axis == len(outer)  # a place is a row of channels, in lines of its own
+            lines[FeatureSampling(ratio)] = N * places / LINE if whole else N * (places + LINE - 1) / LINE
+    return sorted(lines, key=lambda sampler: lines[sampler])
+
+
+def _moments(statistics: Statistics) -> tuple[np.ndarray, np.ndarray]:
+    views = [borrow(each, "statistics") for each in (statistics.mean, statistics.var)]
+    mean, var = (np.array(view.get() if hasattr(view, "get") else view) for view in views)
+    return mean, var
