@@ -1,4 +1,4 @@
-"""Images to train on: IDX files as MNIST and Fashion-MNIST have them, or else scikit-learn's digits."""
+"""Images to train on: IDX files as MNIST has them, CIFAR-10's, a folder of images, scikit-learn's digits."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from pathlib import Path
 
 import numpy as np
 
+from bench.pictures import CIFAR10, FOLDERS, from_cifar10, from_folders
+from bench.problems import BadData
+
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # where the package dataset-fashion-mnist puts them
 UNSIGNED_BYTE = 8
 DIGITS_TEST = 500
 
 
-class BadData(ValueError):
-    """Files that are not what they should be."""
-
-
 @dataclass(frozen=True)
 class Data:
-    """Grey images (N, 1, H, W), of mean 0 and deviation 1 over all that there are to train on."""
+    """Images (N, C, H, W), of mean 0 and deviation 1 over all that there are to train on."""
 
     name: str
     x: np.ndarray
@@ -36,13 +35,25 @@ class Data:
         return replace(self, x=self.x[:count], labels=self.labels[:count])
 
 
-def load(folder: Path | None = None) -> Data:
-    """Return the images of ``folder``, or Fashion-MNIST as Debian installs it, or scikit-learn's digits.
+def load(name: str | Path | None = None) -> Data:
+    """Return the images of a folder, "digits", or Fashion-MNIST as Debian installs it, or else digits.
+
+    A folder holds IDX files, CIFAR-10's files (binary or Python's), or folders train and test with a folder
+    of images for each class.
 
     Raises:
         BadData: naming the file, what was expected and what came.
     """
-    if folder is not None:
+    if name == "digits":
+        return digits()
+    if name is not None:
+        folder = Path(name)
+        if not folder.is_dir():
+            came = "a file" if folder.exists() else "nothing there"
+            raise BadData(f"{folder}: expected a folder of images, got {came}")
+        for marker, read in ((CIFAR10, from_cifar10), (FOLDERS, from_folders)):
+            if any((folder / each).exists() for each in marker):
+                return _data(folder.resolve().name, *read(folder))
         return from_idx(folder, folder.resolve().name)
     if DEBIAN.is_dir():
         return from_idx(DEBIAN, "Fashion-MNIST")
@@ -68,9 +79,6 @@ def digits() -> Data:
 
 def from_idx(folder: Path, name: str) -> Data:
     """Return the four files of MNIST and its like, gzipped or plain."""
-    if not folder.is_dir():
-        came = "a file" if folder.exists() else "nothing there"
-        raise BadData(f"{folder}: expected a folder of IDX files, got {came}")
     arrays = []
     for part in ("train", "t10k"):
         images_path, labels_path = (
@@ -131,7 +139,8 @@ def _data(
         raise BadData(f"{name}: expected images that differ, got the value {images.flat[0]} everywhere")
 
     def normalized(each: np.ndarray) -> np.ndarray:
-        return (each[:, None].astype(np.float32) - np.float32(mean)) / np.float32(deviation)
+        each = each[:, None] if each.ndim == 3 else each
+        return (each.astype(np.float32) - np.float32(mean)) / np.float32(deviation)
 
     classes = 1 + int(max(labels.max(), labels_test.max()))
     train, test = labels.astype(np.int64), labels_test.astype(np.int64)

@@ -41,7 +41,9 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """A stem, stages of ``blocks`` basic blocks that halve the image from the second on, a linear head."""
 
-    def __init__(self, channels: int, classes: int, widths: Sequence[int], blocks: int) -> None:
+    def __init__(
+        self, channels: int, classes: int, widths: Sequence[int] = WIDTHS, blocks: int = 2
+    ) -> None:
         super().__init__()
         self.conv1 = _conv3x3(channels, widths[0])
         self.bn1 = nn.BatchNorm2d(widths[0])
@@ -63,19 +65,6 @@ class ResNet(nn.Module):
         x = self.stages(x)
         x = self.avgpool(x)
         return self.fc(torch.flatten(x, 1))
-
-
-def resnet(
-    classes: int, *, seed: int, channels: int = 1, widths: Sequence[int] = WIDTHS, blocks: int = 2
-) -> ResNet:
-    """Return a network whose weights follow from ``seed``; torch's own random numbers stay as they were."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        network = ResNet(channels, classes, widths, blocks)
-        for module in network.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return network
 
 
 def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:

@@ -1,12 +1,12 @@
-"""The training benchmark reads its images, judges before it times, and prints what it measured."""
+"""The training benchmark: its options, what it writes, how it goes on, and the speed of a step."""
 
 import csv
-import gzip
+import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import sbncore as sbn
@@ -17,136 +17,67 @@ ROOT = Path(__file__).parents[1]
 if not (ROOT / "bench").is_dir():
     pytest.skip("no bench beside the tests", allow_module_level=True)
 
-from bench import data, training  # noqa: E402
-from bench.resnet import resnet  # noqa: E402
+from bench import data, normalizations, suites, sweep, trainee, training  # noqa: E402
+from bench.networks import NETWORKS, build  # noqa: E402
 
-IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
-IMAGES_TEST, LABELS_TEST = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
-
-
-def idx(array):
-    head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
-    return head + array.astype(np.uint8).tobytes()
-
-
-@pytest.fixture
-def arrays(rng):
-    return {
-        IMAGES: rng.integers(0, 256, (12, 9, 7)), LABELS: np.arange(12) % 3,
-        IMAGES_TEST: rng.integers(0, 256, (5, 9, 7)), LABELS_TEST: np.arange(5) % 4,
-    }  # fmt: skip
-
-
-def put(folder, arrays, zipped=()):
-    for name, array in arrays.items():
-        if name in zipped:
-            (folder / f"{name}.gz").write_bytes(gzip.compress(idx(array)))
-        else:
-            (folder / name).write_bytes(idx(array))
-
-
-@pytest.mark.parametrize("zipped", [(), (IMAGES, LABELS, IMAGES_TEST, LABELS_TEST), (IMAGES, LABELS_TEST)])
-def test_idx_files_are_read(tmp_path, arrays, zipped):
-    put(tmp_path, arrays, zipped)
-    got = data.load(tmp_path)
-    assert got.name == tmp_path.name and got.classes == 4
-    assert got.x.shape == (12, 1, 9, 7) and got.x.dtype == np.float32 and got.labels.dtype == np.int64
-    mean, deviation = arrays[IMAGES].mean(), arrays[IMAGES].std()
-    np.testing.assert_allclose(got.x[:, 0], (arrays[IMAGES] - mean) / deviation, atol=1e-6)
-    np.testing.assert_allclose(got.x_test[:, 0], (arrays[IMAGES_TEST] - mean) / deviation, atol=1e-6)
-    np.testing.assert_array_equal(got.labels, arrays[LABELS])
-    np.testing.assert_array_equal(got.labels_test, arrays[LABELS_TEST])
-    assert len(got.first(4).x) == len(got.first(4).labels) == 4 and len(got.first(4).x_test) == 5
-
-
-MALFORMED = {
-    "missing": (lambda a: {LABELS: None}, f"expected a file {LABELS} or {LABELS}.gz, got neither"),
-    "empty": (lambda a: {IMAGES: b""}, "images-idx3-ubyte: expected an IDX file .* got an empty file"),
-    "gzip, named as if it were not": (
-        lambda a: {IMAGES: gzip.compress(idx(a[IMAGES]))}, "begins 00 00 08 03, got 1f 8b"
-    ),
-    "not gzip": (
-        lambda a: {IMAGES: None, f"{IMAGES}.gz": idx(a[IMAGES])}, "ubyte.gz: expected a gzip file, got Not a"
-    ),
-    "gzip, cut": (
-        lambda a: {IMAGES: None, f"{IMAGES}.gz": gzip.compress(idx(a[IMAGES]))[:-20]},
-        "ubyte.gz: expected a gzip file, got Compressed file ended",
-    ),
-    "gzip, garbled": (
-        lambda a: {IMAGES: None, f"{IMAGES}.gz": gzip.compress(idx(a[IMAGES]))[:10] + b"\xff" * 99},
-        "ubyte.gz: expected a gzip file, got Error -3",
-    ),
-    "labels for images": (lambda a: {IMAGES: idx(a[LABELS])}, "begins 00 00 08 03, got 00 00 08 01"),
-    "header, cut": (lambda a: {LABELS: idx(a[LABELS])[:6]}, "expected a header of 8 bytes, got 6"),
-    "values, cut": (lambda a: {IMAGES: idx(a[IMAGES])[:-1]}, "12 × 9 × 7 of them .* got 755"),
-    "values, too many": (lambda a: {LABELS: idx(a[LABELS]) + b"1"}, "12 of them as its header says, got 13"),
-    "no image": (lambda a: {IMAGES: idx(a[IMAGES][:0])}, "at least 1 value, and 0 × 9 × 7 of them"),
-    "fewer labels": (lambda a: {LABELS: idx(a[LABELS][1:])}, f"{LABELS}: expected 12 labels, .* got 11"),
-    "other size": (
-        lambda a: {IMAGES_TEST: idx(a[IMAGES_TEST][:, 1:])}, f"{IMAGES_TEST}: expected .* 9×7, .* got 8×7"
-    ),
-    "all the same": (lambda a: {IMAGES: idx(a[IMAGES] * 0 + 3)}, "images that differ, got the value 3"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", MALFORMED)
-def test_malformed_files_are_refused(tmp_path, arrays, case):
-    put(tmp_path, arrays)
-    change, message = MALFORMED[case]
-    for name, content in change(arrays).items():
-        (tmp_path / name).unlink() if content is None else (tmp_path / name).write_bytes(content)
-    with pytest.raises(data.BadData, match=message) as complaint:
-        data.load(tmp_path)
-    assert str(tmp_path) in str(complaint.value) or case == "all the same"
-
-
-def test_a_folder_that_is_none(tmp_path):
-    with pytest.raises(data.BadData, match="expected a folder of IDX files, got nothing there"):
-        data.load(tmp_path / "none")
-    (tmp_path / "file").touch()
-    with pytest.raises(SystemExit, match="expected a folder of IDX files, got a file"):
-        training.main(["--data", str(tmp_path / "file")])
-
-
-def test_fashion_mnist_where_debian_puts_it(tmp_path, arrays, monkeypatch, capsys):
-    monkeypatch.setattr(data, "DEBIAN", tmp_path)
-    put(tmp_path, arrays)
-    assert data.load().name == "Fashion-MNIST" and capsys.readouterr().err == ""
-
-
-def test_digits_instead_are_said_aloud(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("sklearn")
-    monkeypatch.setattr(data, "DEBIAN", tmp_path / "none")
-    got = data.load()
-    said = capsys.readouterr().err
-    remedy = "Fashion-MNIST is not installed (apt install dataset-fashion-mnist, or --data FOLDER)"
-    assert said == f"{remedy}: scikit-learn's digits instead\n"
-    assert got.x.shape == (1297, 1, 8, 8) and len(got.x_test) == 500 and got.classes == 10
-    assert abs(got.x.mean()) < 1e-5 and got.x.std() == pytest.approx(1)
-
-
-def test_neither_images_nor_scikit_learn(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "DEBIAN", tmp_path / "none")
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(SystemExit, match="nor is scikit-learn, whose digits would do"):
-        training.main([])
-
-
-def test_the_network_follows_from_its_seed():
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_network_follows_from_its_seed(name):
     before = torch.get_rng_state()
-    a, b, c = (resnet(10, seed=seed).state_dict() for seed in (1, 1, 2))
+    a, b, c = (build(name, 1, 10, seed).state_dict() for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), before)
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert not torch.equal(a["conv1.weight"], c["conv1.weight"])
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert any(not torch.equal(a[key], c[key]) for key in a)
 
 
+@pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("size", [(1, 28, 28), (3, 32, 32), (1, 8, 8)])
-def test_the_network_takes_small_images_and_can_be_traced(size):
-    network = resnet(7, seed=0, channels=size[0], widths=(4, 6), blocks=2)
+def test_the_network_takes_small_images_and_can_be_traced(name, size):
+    network = build(name, size[0], 7, 0)
     x = torch.randn(5, *size)
     y = network(x)
     assert y.shape == (5, 7)
     torch.testing.assert_close(torch.fx.symbolic_trace(network)(x), y)
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("full", sbn.Full()),
+    ("bs/8", sbn.BatchSampling(1 / 8)),
+    ("fs-common/4", sbn.FeatureSampling(1 / 4, "patch", "common")),
+    ("vdn/16", sbn.VirtualSamples(2)),
+    ("vdn:4", sbn.VirtualSamples(4)),
+    ("bs/32+vdn/32", sbn.Mixture([(0.5, sbn.BatchSampling(1 / 32)), (0.5, sbn.VirtualSamples(1))])),
+    ("3*full+1*vdn:4", sbn.Mixture([(0.75, sbn.Full()), (0.25, sbn.VirtualSamples(4))])),
+    ("prior:0.3|fs/4", sbn.Prior(0.3, sbn.FeatureSampling(1 / 4))),
+])  # fmt: skip
+def test_names_of_normalizations(name, expected):
+    assert normalizations.sampler(name, 32) == expected
+
+
+@pytest.mark.parametrize("name", ["", "fs", "fs/0.5", "xs/4", "a*full", "prior:0.3", "full+", "vdn:x"])
+def test_names_that_are_none(name):
+    with pytest.raises(ValueError, match="expected "):
+        normalizations.sampler(name, 32)
+
+
+@pytest.mark.parametrize("name", ["group norm", "batch renorm", "vdn:4", "fs/4", "prior:0.5|full"])
+def test_a_network_is_normalized_by_it(name):
+    network = normalizations.normalized(build("resnet", 1, 4, 0), name, batch=8, steps=10).train()
+    kinds = {type(module).__name__ for module in network.modules()}
+    assert "BatchNorm2d" not in kinds
+    y = network(torch.randn(8, 1, 8, 8))
+    assert y.shape == (8, 4) and torch.isfinite(y).all()
+
+
+def test_batch_renormalization_begins_as_batch_normalization_and_ends_near_its_evaluation():
+    from bench.renorm import BatchRenorm
+
+    like = torch.nn.BatchNorm2d(3)
+    layer, x = BatchRenorm(torch.nn.BatchNorm2d(3), rise=4), torch.randn(6, 3, 5, 5) * 2 + 1
+    torch.testing.assert_close(layer(x), like(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer.running_var, like.running_var)
+    for _ in range(200):
+        y = layer(x)
+    torch.testing.assert_close(y, layer.eval()(x), rtol=1e-3, atol=1e-3)
 
 
 @pytest.fixture
@@ -155,38 +86,53 @@ def small(tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
     monkeypatch.setattr(data, "DEBIAN", tmp_path / "none")
     threads = torch.get_num_threads(), sbn.get_num_threads()
-    torch.set_num_threads(1)
-    sbn.set_num_threads(1)
+    sweep._data.cache_clear()
     yield tmp_path
     torch.set_num_threads(threads[0])
     sbn.set_num_threads(threads[1])
 
 
-TINY = ["--epochs", "1", "--images", "48", "--batch", "16", "--threads", "1"]
+TINY = ["--data", "digits", "--norms", "full,fs/4", "--images", "64", "--epochs", "1", "--seeds", "2"]
+TINY += ["--batches", "16", "--jobs", "1"]
 
 
-@pytest.mark.parametrize("extra", [[], ["--no-fuse", "--sampler", "bs/8", "--channels-last"]])
-def test_a_tiny_training(small, capsys, extra):
-    training.main([*TINY, *extra, "--out", str(small)])
-    printed = capsys.readouterr()
-    assert "scikit-learn's digits instead" in printed.err and "epoch 1 of 1" in printed.err
-    name = "sampled bs/8" if extra else "sampled fs/16, fused"
-    lines = printed.out.splitlines()
-    assert lines[-4] == "| normalization | test accuracy | time per step, ms | PyTorch / this | kept, MB |"
-    assert lines[-2].startswith("| nn.BatchNorm2d | ") and " | 1.00 | " in lines[-2]
-    kept = [float(line.split("|")[-2]) for line in lines[-2:]]
-    assert 0.9 * kept[0] < kept[1] < 1.1 * kept[0]
-    assert lines[-1].startswith(f"| {name} | ")
-    layout = "channels-last" if extra else "channels-first"
-    assert "digits, 48 images of 8×8, 1 epochs of batches of 16, SGD at rate 0.05" in lines[0]
-    assert "1 threads used" in lines[0] and f"seed 0, cpu, {layout}. `python -m bench training" in lines[0]
-    assert (small / "training.md").read_text(encoding="utf-8").endswith(printed.out)
-    with (small / "training.csv").open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["normalization"] for row in rows] == ["nn.BatchNorm2d", name]
-    for row in rows:
-        assert row["steps"] == "3" and row["images"] == "48" and row["cpu"] and row["date"]
-        assert 0 < float(row["step_p20"]) <= float(row["step_median"]) <= float(row["step_p80"])
+def test_a_sweep_writes_goes_on_and_is_the_same_again(small, capfd, monkeypatch):
+    pytest.importorskip("matplotlib")
+    training.main([*TINY, "--out", str(small)])
+    printed = capfd.readouterr()
+    path = small / "training-accuracy.jsonl"
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    wanted = [("full", 0), ("fs/4", 0), ("full", 1), ("fs/4", 1)]
+    assert [(line["norm"], line["seed"]) for line in lines] == wanted
+    for line in lines:
+        assert 0 <= line["accuracy"] <= 1 and 0 < line["share"] < 1 and len(line["losses"]) == 4
+        assert line["accuracies"][-1] == [4, line["accuracy"]] and line["step_ms"] > 0 and line["date"]
+    assert "scikit-learn's digits, 64 images of 8×8, 1 epochs" in printed.out
+    assert "| full | 2 | " in printed.out and "| +0.00 ± 0.00 | " in printed.out
+    assert (small / "training-accuracy.md").read_text(encoding="utf-8").endswith(printed.out)
+    assert (small / "training-accuracy.png").stat().st_size > 10_000
+
+    whole = path.read_text(encoding="utf-8")
+    kept = whole[: whole.index("\n") + 1]
+    path.write_text(kept + whole[len(kept) :][:50], encoding="utf-8")  # stopped in the middle of a line
+    right, trained = sweep.train, []
+    monkeypatch.setattr(sweep, "train", lambda spec, *rest: trained.append(spec) or right(spec, *rest))
+    training.main([*TINY, "--out", str(small)])
+    again = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert len(trained) == 3 and path.read_text(encoding="utf-8").startswith(kept)
+    for line in (*lines, *again):
+        del line["share"], line["step_ms"]
+    assert again == lines
+
+
+def test_trainings_side_by_side_are_the_same(small):
+    spec = sweep.Spec("plain", "digits", 48, 1, 16, 0.05, "fs/4", "exact", 0)
+    one = sweep.sweep([spec], None, jobs=1, threads=1, device="cpu", where="here")
+    both = [spec, replace(spec, seed=1)]
+    two = sweep.sweep([*both, spec], None, jobs=2, threads=1, device="cpu", where="here")
+    assert [run.spec for run in two] == both
+    assert two[0].losses == one[0].losses != two[1].losses and two[0].accuracy == one[0].accuracy
+    assert sweep.Run.of(one[0].line()) == one[0]
 
 
 def test_nothing_is_written_without_a_folder(small, monkeypatch):
@@ -195,49 +141,43 @@ def test_nothing_is_written_without_a_folder(small, monkeypatch):
     assert not list(small.iterdir())
 
 
-@pytest.mark.parametrize("fuse", [False, True])
-def test_every_layer_is_converted_and_a_step_is_replayed(small, fuse):
-    network = resnet(10, seed=0, widths=(4, 8), blocks=1)
-    settings = training.Settings(epochs=1, batch=16)
-    few = data.load().first(32)
-    networks = {
-        str(k): training.converted(network, training.SAMPLERS["fs/16"], 0, fuse) for k in range(2)
-    } | {"full": training.converted(network, training.SAMPLERS["full"], 0, fuse)}
-    plain = [m for m in networks["0"].modules() if type(m) is torch.nn.BatchNorm2d]
-    assert not plain and any(type(m) is torch.nn.BatchNorm2d for m in network.modules())
-    first, again, full = training.train(networks, few, settings)
-    assert first.epochs[0].loss == again.epochs[0].loss != full.epochs[0].loss
-    assert first.epochs[0].accuracy == again.epochs[0].accuracy
+@pytest.mark.parametrize("name", suites.SUITES)
+def test_every_suite_names_what_there_is(name):
+    suite = suites.SUITES[name]
+    for norm in suite.norms:
+        for batch in suite.batches:
+            normalizations.normalized(build("plain", 1, 2, 0), norm, batch=batch, steps=1)
+    assert set(suite.networks) <= set(NETWORKS)
 
 
 def test_full_sampling_learns_as_pytorch_does(small):
-    network = resnet(10, seed=0, widths=(4, 8), blocks=1)
-    full = training.converted(network, training.SAMPLERS["full"], 0, True)
-    few, settings = data.load().first(64), training.Settings(epochs=2, batch=16)
-    ours, theirs = training.train({"ours": full, "theirs": network}, few, settings)
-    for a, b in zip(ours.epochs, theirs.epochs, strict=True):
-        assert a.loss == pytest.approx(b.loss, rel=1e-3) and len(a.seconds) == 4
+    few, settings = data.load("digits").first(64), trainee.Settings(batch=16)
+    batch = settings.tensors(few.x[:16], few.labels[:16])
+    network = build("resnet", 1, 10, 0)
+    pair = trainee.converted(network, sbn.Full(), 0), network
+    ours, theirs = ([trainee.Trainee(one, settings, 6).step(*batch)[0] for _ in range(6)] for one in pair)
+    for a, b in zip(ours, theirs, strict=True):
+        assert float(a) == pytest.approx(float(b), rel=1e-3)
 
 
 def test_a_wrong_result_aborts(small, monkeypatch):
-    right = training.converted
+    right = trainee.converted
 
     def wrong(network, *given):
         network = right(network, *given)
         with torch.no_grad():
-            network.bn1.weight += 1e-2
+            network.fc.weight += 1e-2
         return network
 
-    monkeypatch.setattr(training, "converted", wrong)
-    monkeypatch.setattr(training, "train", lambda *_: pytest.fail("timed before it was right"))
-    with pytest.raises(SystemExit, match=r"nothing is timed: .* by Full\(\), fused, is off by"):
+    monkeypatch.setattr(trainee, "converted", wrong)
+    monkeypatch.setattr(sweep, "train", lambda *_: pytest.fail("trained before it was right"))
+    with pytest.raises(SystemExit, match=r"nothing is timed: .* by Full\(\) is off by"):
         training.main([*TINY, "--out", str(small)])
-    assert not list(small.iterdir())
 
 
 @pytest.mark.parametrize(
     "wrong",
-    ["--sampler fs/7", "--epochs 0", "--images -5", "--batch 1.5", "--seed x", "--threads 0", "--device tpu"],
+    ["--suite none", "--epochs 0", "--images -5", "--batches 1.5", "--seeds x", "--jobs 0", "--device tpu"],
 )
 def test_wrong_options_are_refused(wrong, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -247,17 +187,22 @@ def test_wrong_options_are_refused(wrong, capsys):
     assert stopped.value.code == 2 and f"error: argument {name}: " in complaint and value in complaint
 
 
-def test_too_few_images(small):
-    with pytest.raises(SystemExit, match=r"--images: expected at most the 1297 of .* digits, got 1298"):
-        training.main(["--images", "1298"])
-    with pytest.raises(SystemExit, match="--batch: expected at most the 8 images there are, got 9"):
-        training.main(["--images", "8", "--batch", "9"])
+@pytest.mark.parametrize("wrong, complaint", [
+    (["--networks", "plain,vgg"], "--networks: expected plain, resnet, 1d, got 'vgg'"),
+    (["--gradients", "none"], "--gradients: expected exact, sampled, detached, got 'none'"),
+    (["--norms", "full,xs/3"], "--norms: expected full, .* got 'xs/3'"),
+    (["--images", "1298"], "--images: expected at most the 1297 of .* digits, got 1298"),
+    (["--images", "8", "--batches", "9"], "--batches: expected at most the 8 images there are, got 9"),
+])  # fmt: skip
+def test_what_there_is_not(small, wrong, complaint):
+    with pytest.raises(SystemExit, match=complaint):
+        training.main(["--data", "digits", *wrong])
 
 
 def test_without_pytorch_or_a_gpu(small, monkeypatch):
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit, match="--device cuda: expected a CUDA device, PyTorch finds none"):
-            training.main(["--device", "cuda"])
+            training.main([*TINY, "--device", "cuda"])
     monkeypatch.setattr(training, "torch", None)
     with pytest.raises(SystemExit, match="needs PyTorch, which is not installed: pip install torch"):
         training.main([])
@@ -266,29 +211,46 @@ def test_without_pytorch_or_a_gpu(small, monkeypatch):
 def test_it_is_among_the_benchmarks():
     command = [sys.executable, "-m", "bench", "training", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "--channels-last" in done.stdout
+    assert done.returncode == 0 and "--suite" in done.stdout and "prior:0.3|full" in done.stdout
 
 
 def test_the_speed_of_a_step_and_normalizations_share(tmp_path, monkeypatch, capsys):
     from bench import speed
 
     monkeypatch.setattr(speed, "IMAGE", (2, 8, 8))
-    training.main(["--speed", "--rounds", "2", "--batch", "4", "--out", str(tmp_path)])
+    training.main(["--speed", "--rounds", "2", "--batches", "4", "--out", str(tmp_path)])
     text = (tmp_path / "training-speed.md").read_text(encoding="utf-8")
     assert capsys.readouterr().out.strip() in text
     with (tmp_path / "training-speed.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert [row["normalization"] for row in rows] == [training.FULL_BN, *speed.SAMPLERS]
+    assert [row["normalization"] for row in rows] == [speed.FULL_BN, *speed.SAMPLERS]
     for row in rows:
         assert 0 < float(row["share"]) < 1 and 0 < float(row["step_p20"]) <= float(row["step_p80"])
+        assert 0.9 < float(row["kept"]) / float(rows[0]["kept"]) < 1.1
 
 
 @pytest.mark.parametrize("wrong, complaint", [
     (["--speed", "--epochs", "1"], "--epochs is not for --speed"),
-    (["--speed", "--no-fuse"], "--sampler, --no-fuse are not for --speed"),
-    (["--rounds", "3"], "--rounds needs --speed"),
+    (["--speed", "--norms", "full"], "--norms is not for --speed"),
+    (["--rounds", "3"], "--rounds and --channels-last need --speed"),
 ])  # fmt: skip
 def test_what_the_speed_of_a_step_takes(wrong, complaint, capsys):
     with pytest.raises(SystemExit):
         training.main(wrong)
     assert complaint in capsys.readouterr().err
+
+
+def test_the_fidelity_on_real_activations(small, capsys):
+    pytest.importorskip("matplotlib")
+    from bench import fidelity
+
+    fidelity.main(["--quick", "--data", "digits", "--out", str(small)])
+    printed = capsys.readouterr().out
+    assert (small / "fidelity-plain.md").read_text(encoding="utf-8").endswith(printed)
+    assert (small / "fidelity-plain.png").stat().st_size > 10_000
+    with (small / "fidelity-plain.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 5 * len(fidelity.FAMILIES) * len(fidelity.RATIOS)
+    errors = {(row["layer"], row["sampler"]): float(row["mean_error"]) for row in rows}
+    assert errors["features.1", "bs/4"] < errors["features.1", "bs/64"]
+    assert printed.splitlines()[-1].startswith("| features.13, 128×64×2×2 | fs-common/16 | ")

@@ -1,0 +1,103 @@
+"""Coloured images: CIFAR-10's own files, and folders with a folder of images for each class."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.problems import BadData
+
+CIFAR10 = "data_batch_1.bin", "data_batch_1"
+FOLDERS = ("train",)
+RECORD = 1 + 3 * 32 * 32  # a label, then red, green, blue
+IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".webp"}
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # images, labels, the same to test with
+
+
+def from_cifar10(folder: Path) -> Arrays:
+    """Return CIFAR-10's binary or Python files (www.cs.toronto.edu/~kriz/cifar.html)."""
+    binary = (folder / CIFAR10[0]).exists()
+    read, end = (_binary, ".bin") if binary else (_pickled, "")
+    names = [f"data_batch_{k}{end}" for k in range(1, 6)]
+    train = [read(folder / name) for name in names if (folder / name).exists()]
+    test = read(folder / f"test_batch{end}")
+    return *(np.concatenate(each) for each in zip(*train, strict=True)), *test  # type: ignore[return-value]
+
+
+def _binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    content = _bytes(path)
+    if not content or len(content) % RECORD:
+        raise BadData(f"{path}: expected records of {RECORD} bytes, got {len(content)} bytes")
+    records = np.frombuffer(content, np.uint8).reshape(-1, RECORD)
+    return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]
+
+
+class _Arrays(pickle.Unpickler):
+    """Makes NumPy arrays and nothing else: a pickle could run any code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype"):
+            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        if (module, name) == ("_codecs", "encode"):  # bytes, as Python 3 writes them for Python 2
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+
+def _pickled(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        with path.open("rb") as file:
+            content = _Arrays(file, encoding="bytes").load()
+        images, labels = content[b"data"].reshape(-1, 3, 32, 32), np.array(content[b"labels"], np.uint8)
+    except Exception as error:  # a garbled pickle may raise anything
+        raise BadData(f"{path}: expected a batch of CIFAR-10 as Python pickles it, got {error}") from None
+    return images, labels
+
+
+def from_folders(folder: Path) -> Arrays:
+    """Return the images of train/CLASS/ and test/CLASS/, all of one size; needs matplotlib."""
+    classes = sorted(each.name for each in (folder / "train").iterdir() if each.is_dir())
+    if not classes:
+        raise BadData(f"{folder / 'train'}: expected a folder for each class, got none")
+    arrays: list[np.ndarray] = []
+    for part in ("train", "test"):
+        images: list[np.ndarray] = []
+        labels: list[int] = []
+        for label, name in enumerate(classes):
+            within = folder / part / name
+            if not within.is_dir():
+                raise BadData(f"{within}: expected a folder, as there is for training, got none")
+            for path in sorted(each for each in within.iterdir() if each.suffix.lower() in IMAGES):
+                image = _image(path)
+                like = (arrays[0][0] if arrays else images[0] if images else image).shape
+                if image.shape != like:
+                    want, came = ("×".join(map(str, shape)) for shape in (like, image.shape))
+                    raise BadData(f"{path}: expected an image of {want}, as the others, got {came}")
+                images.append(image)
+                labels.append(label)
+        if not images:
+            raise BadData(f"{folder / part}: expected images ({', '.join(sorted(IMAGES))}), got none")
+        arrays += [np.stack(images), np.array(labels)]
+    return tuple(arrays)  # type: ignore[return-value]
+
+
+def _image(path: Path) -> np.ndarray:
+    """Return (C, H, W), 0 to 255."""
+    from matplotlib.image import imread
+
+    try:
+        image = imread(path)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise BadData(f"{path}: expected an image, got {error}") from None
+    scale = 255 if image.dtype.kind == "f" else 1  # PNGs come as 0 to 1
+    image = image[..., None] if image.ndim == 2 else image[..., :3]
+    return np.moveaxis(image, -1, 0).astype(np.float32) * scale
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BadData(f"{path}: expected a file that can be read, got {error}") from None

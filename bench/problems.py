@@ -1,0 +1,5 @@
+"""What a benchmark complains of."""
+
+
+class BadData(ValueError):
+    """Files that are not what they should be."""

@@ -1,0 +1,93 @@
+"""A network and its optimizer: what a training step is, and how right its answers are."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import sbncore as sbn
+from bench.cases import WrongResult
+
+TOLERANCE = 1e-4  # of logits: float32's rounding through a dozen normalized layers
+TESTED = 500  # images at a time
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a step depends on besides network and data."""
+
+    batch: int = 128
+    rate: float = 0.05  # falls to 0 along a cosine
+    momentum: float = 0.9
+    decay: float = 5e-4
+    seed: int = 0
+    device: str = "cpu"
+    channels_last: bool = False
+
+    @property
+    def layout(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def tensors(self, x: np.ndarray, labels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return images and labels on the device, in the layout."""
+        images = torch.from_numpy(x).to(self.device)
+        return images.contiguous(memory_format=self.layout), torch.from_numpy(labels).to(self.device)
+
+
+class Trainee:
+    """A network, trained by stochastic gradient descent."""
+
+    def __init__(self, network: torch.nn.Module, settings: Settings, steps: int) -> None:
+        self.network, self.loss = network, torch.nn.CrossEntropyLoss()
+        self.optimizer = torch.optim.SGD(
+            network.parameters(), settings.rate, settings.momentum, weight_decay=settings.decay
+        )
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
+        self.finish = torch.cuda.synchronize if settings.device == "cuda" else lambda: None
+
+    def step(self, x: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """Take one step; return the loss and the seconds."""
+        self.finish()
+        begin = time.perf_counter()
+        self.optimizer.zero_grad()
+        loss = self.loss(self.network(x), labels)
+        loss.backward()
+        self.optimizer.step()
+        self.finish()
+        seconds = time.perf_counter() - begin
+        self.schedule.step()
+        return loss.detach(), seconds
+
+
+def accuracy(network: torch.nn.Module, x: torch.Tensor, labels: torch.Tensor) -> float:
+    """Return the share of right answers, by the running statistics."""
+    network.eval()
+    with torch.inference_mode():
+        parts = zip(x.split(TESTED), labels.split(TESTED), strict=True)
+        right = sum(int((network(some).argmax(1) == wanted).sum()) for some, wanted in parts)
+    network.train()
+    return right / len(x)
+
+
+def converted(network: torch.nn.Module, sampler: sbn.Sampler, seed: int) -> torch.nn.Module:
+    """Return a copy of the network with sampled layers, fused."""
+    from sbncore.adapters.torch import convert_sampled_batchnorm
+
+    return convert_sampled_batchnorm(copy.deepcopy(network), sampler, seed=seed, fuse=True)
+
+
+def check(network: torch.nn.Module, x: torch.Tensor, seed: int) -> None:
+    """Raise WrongResult unless the conversion by ``Full()`` agrees on one batch's forward, in training."""
+    # a GPU would round what convolutions are given to 10 bits: rounding errors grow a thousandfold
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        wanted = copy.deepcopy(network).train()(x)
+        got = converted(network, sbn.Full(), seed).train()(x)
+    off = float((got - wanted).abs().max() / wanted.abs().max().clamp(min=1))
+    if not off <= TOLERANCE:
+        raise WrongResult(
+            f"the network converted by Full() is off by {off:.1e}, more than {TOLERANCE:.0e} allows"
+        )
