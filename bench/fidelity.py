@@ -22,7 +22,7 @@ from bench.problems import BadData
 from bench.progress import Progress
 from bench.report import machine, markdown
 
-FAMILIES = "fs", "fs-grid", "bs", "ns", "vdn", "fs-common"
+FAMILIES = "fs", "fs-runs", "fs-grid", "fs-common", "bs", "bs-random", "ns", "vdn"
 RATIOS = 4, 8, 16, 32, 64
 BATCH, STEPS, DRAWS = 128, 150, 64
 RATE = 0.2

@@ -25,6 +25,7 @@ PARTS: dict[str, Callable[[float], sbn.Sampler]] = {
     "bs": sbn.BatchSampling,
     "bs-random": lambda ratio: sbn.BatchSampling(ratio, pattern="random"),
     "fs": sbn.FeatureSampling,
+    "fs-runs": lambda ratio: sbn.FeatureSampling(ratio, pattern="runs"),
     "fs-rows": lambda ratio: sbn.FeatureSampling(ratio, pattern="rows"),
     "fs-patch": lambda ratio: sbn.FeatureSampling(ratio, pattern="patch"),
     "fs-grid": lambda ratio: sbn.FeatureSampling(ratio, pattern="grid"),

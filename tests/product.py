@@ -18,6 +18,7 @@ else:
 SAMPLERS = {
     "full": sbn.Full(),
     "run": sbn.FeatureSampling(1 / 8),
+    "runs": sbn.FeatureSampling(1 / 4, "runs"),
     "patch": sbn.FeatureSampling(1 / 4, "patch"),
     "grid": sbn.FeatureSampling(1 / 4, "grid", "common"),
     "samples": sbn.BatchSampling(1 / 4, at_least=4),

@@ -253,4 +253,4 @@ def test_the_fidelity_on_real_activations(small, capsys):
     assert len(rows) == 5 * len(fidelity.FAMILIES) * len(fidelity.RATIOS)
     errors = {(row["layer"], row["sampler"]): float(row["mean_error"]) for row in rows}
     assert errors["features.1", "bs/4"] < errors["features.1", "bs/64"]
-    assert printed.splitlines()[-1].startswith("| features.13, 128×64×2×2 | fs-common/16 | ")
+    assert printed.splitlines()[-1].startswith("| features.13, 128×64×2×2 | vdn/16 | ")

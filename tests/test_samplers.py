@@ -24,6 +24,7 @@ PARTIAL = [
     sbn.FeatureSampling(8, "rows"),
     sbn.FeatureSampling(6, "patch"),
     sbn.FeatureSampling(5, "grid"),
+    sbn.FeatureSampling(9, "runs"),
     sbn.FeatureSampling(6, "patch", place="common"),
     sbn.NaiveSampling(20),
 ]
@@ -121,6 +122,11 @@ def test_distinct_is_a_bijection_beyond_the_sorted_sizes():
         (sbn.FeatureSampling(7), (6, 3, 4, 8), 42),
         (sbn.FeatureSampling(7, "patch"), (6, 3, 4, 8), 42),
         (sbn.FeatureSampling(7, "grid"), (6, 3, 4, 8), 42),
+        (sbn.FeatureSampling(9, "runs"), (6, 3, 4, 8), 54),
+        (sbn.FeatureSampling(1 / 16, "runs"), (6, 3, 56, 56), 6 * 192),
+        (sbn.FeatureSampling(1 / 16, "runs"), (6, 3, 7, 7), 18),
+        (sbn.FeatureSampling(1.0, "runs"), (6, 3, 7, 7), 6 * 49),
+        (sbn.FeatureSampling(1 / 16, "runs", at_least=200), (6, 3, 14, 14), 204),
         (sbn.FeatureSampling(9, "rows"), (6, 3, 4, 8), 96),
         (sbn.FeatureSampling(1 / 4, "rows"), (6, 3, 4, 8), 48),
         (sbn.FeatureSampling(1 / 16, at_least=100), (6, 3, 4, 8), 102),
@@ -210,3 +216,19 @@ def test_statistics_of_many_draws_average_to_the_full_ones(rng):
         assert error([np.mean([d.mean for d in draws])], true.mean) < 0.05
         unbiased = [d.var * d.count / (d.count - 1) for d in draws]
         assert error([np.mean(unbiased)], true.var) < 0.05
+
+
+@pytest.mark.parametrize("size", [3, 4, 16, 33, 49, 196, 784, 3136])
+def test_runs_are_few_even_and_drawn_alike_by_compiled_code(size):
+    from sbncore.cpu import draws
+
+    for amount in (1, 2, 3, 5, size // 2 + 1, size - 1, size, 1 / 64, 1 / 16, 1 / 4, 1 / 2, 0.9):
+        if amount == 0 or (isinstance(amount, int) and amount > size):
+            continue
+        plan = sbn.FeatureSampling(amount, "runs").plan((5, 2, size), seed=size, fewest=1)
+        (part,) = plan.parts
+        assert part.fits(5, size) and -(-part.positions // part.length) <= 4
+        for a, b in zip(draws.runs_of(plan), plan.runs, strict=True):
+            np.testing.assert_array_equal(a, b)
+        if part.length < part.positions <= size // 2:
+            assert part.stride >= size // 4 // 16 * 16 - 16

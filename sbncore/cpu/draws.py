@@ -7,6 +7,7 @@ import numpy as np
 from sbncore.cpu.compiled import jit
 from sbncore.plans import MapPlaces, Part, Plan, Runs, WholeSamples
 
+FEW = 4  # runs of a map, that are drawn here
 GOLDEN, FIRST, SECOND = (
     np.uint64(word) for word in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 )
@@ -35,18 +36,28 @@ def bounded(word, size):
 
 
 @jit()
-def run_places(key, first, rows, positions, align, common, S, weight):
-    """`sbncore.plans.MapPlaces` of one run a sample."""
-    begin, length = np.empty(2 * rows, np.int64), np.empty(2 * rows, np.int64)
+def map_places(key, first, rows, positions, run, stride, align, common, S, weight):
+    """`sbncore.plans.MapPlaces`, in the order of memory."""
+    runs = -(-positions // run)
+    begin, length = np.empty((runs + 1) * rows, np.int64), np.empty((runs + 1) * rows, np.int64)
     count = 0
     for n in range(first, first + rows):
         start = align * bounded(absorb(key, 0 if common else n), S // align)
-        tail = max(0, start + positions - S)
+        wrapped = 0  # the first run that begins behind the map's end, and so at its front
+        while wrapped < runs and start + wrapped * stride < S:
+            wrapped += 1
+        last = start + (wrapped - 1) * stride
+        tail = last + min(run, positions - (wrapped - 1) * run) - S
         if tail > 0:
             begin[count], length[count] = n * S, tail
             count += 1
-        begin[count], length[count] = n * S + start, positions - tail
-        count += 1
+        for k in range(runs):
+            i = (wrapped + k) % runs
+            place = start + i * stride
+            size = min(run, positions - i * run)
+            begin[count] = n * S + place % S
+            length[count] = min(size, S - place % S)
+            count += 1
     return begin[:count].copy(), length[:count].copy(), np.full(count, weight)
 
 
@@ -65,7 +76,7 @@ def takes(part: Part) -> bool:
     """Whether a part's places are drawn here."""
     if isinstance(part, WholeSamples):
         return part.stride > 0
-    return isinstance(part, MapPlaces) and part.length >= part.positions
+    return isinstance(part, MapPlaces) and part.positions <= FEW * part.length
 
 
 def places(part: Part, key: int, S: int) -> Runs:
@@ -74,9 +85,8 @@ def places(part: Part, key: int, S: int) -> Runs:
     if isinstance(part, WholeSamples):
         return Runs(*whole_samples(word, part.first, part.rows, part.samples, part.stride, S, weight))
     assert isinstance(part, MapPlaces)
-    return Runs(
-        *run_places(word, part.first, part.rows, part.positions, part.align, part.common, S, weight)
-    )
+    shape = part.positions, min(part.length, part.positions), part.stride, part.align
+    return Runs(*map_places(word, part.first, part.rows, *shape, part.common, S, weight))
 
 
 def runs_of(plan: Plan) -> Runs:
