@@ -8,7 +8,7 @@ from bench.normalizations import BATCH_NORM, BATCH_RENORM, GROUP_NORM
 
 RATIOS = 4, 8, 16, 32, 64
 SAMPLED = (
-    "fs/{0}", "bs/{0}", "ns/{0}", "vdn/{0}", "bs/{1}+vdn/{1}", "fs/{1}+vdn/{1}", "fs-common/{0}",
+    "fs/{0}", "fs-runs/{0}", "fs-grid/{0}", "bs/{0}", "ns/{0}", "vdn/{0}", "bs/{1}+vdn/{1}", "fs/{1}+vdn/{1}", "fs-common/{0}",
 )  # fmt: skip
 REFERENCE_BATCH = 128  # the rate is per so many images: it shrinks with the batch
 
@@ -22,7 +22,7 @@ class Suite:
     networks: tuple[str, ...] = ("plain",)
     gradients: tuple[str, ...] = ("exact",)
     batches: tuple[int, ...] = (128,)
-    seeds: int = 5
+    seeds: int = 3
     images: int = 20_000
     epochs: int = 2
     rate: float = 0.2
@@ -35,7 +35,6 @@ SUITES = {
     ),
     "networks": Suite(
         "The default sampler in other networks", ("full", "fs/16", "fs/64", "bs/16"), ("resnet", "1d"),
-        seeds=3,
     ),
     "tiny": Suite(
         "Tiny batches",
@@ -43,11 +42,11 @@ SUITES = {
             "full", "vdn:4", "0.5*full+0.5*vdn:4", "0.8*full+0.2*vdn:4", "fs/4+vdn:4", "prior:0.5|full",
             "prior:0.9|full", GROUP_NORM, BATCH_RENORM,
         ),
-        batches=(1, 2, 4, 8, 32), images=6000, epochs=1, seeds=3,
+        batches=(1, 2, 4, 8, 32), images=6000, epochs=1,
     ),
     "gradients": Suite(
         "Exact, sampled and detached gradients", ("full", "fs/16", "bs/16", "ns/16"),
-        gradients=("exact", "sampled", "detached"), seeds=3,
+        gradients=("exact", "sampled", "detached"),
     ),
     "quick": Suite(
         "A quick look", (BATCH_NORM, "full", "fs/16", "bs/16", "vdn/16"), images=6000, epochs=1, seeds=2

@@ -60,9 +60,9 @@ class FeatureSampling(Sampler):
 
     Args:
         amount: ratio or number of a map's positions.
-        pattern: "run" (consecutive in memory, the default), "runs" (4 shorter ones, evenly spaced: a
-            better estimate for little more time), "rows" (whole rows), "patch" (a rectangle of the map's
-            proportions) or "grid" (evenly spaced single positions: the best estimate, of all cache lines).
+        pattern: "run" (consecutive in memory, the default), "runs" (up to 4 shorter ones, evenly spaced:
+            far better estimates for little more time), "rows" (whole rows), "patch" (a rectangle of the
+            map's proportions) or "grid" (evenly spaced single positions: the best, in all cache lines).
         place: "sample" hashes a place for each sample; "common" is the paper's one place for all, which
             fails where images share a constant border.
         at_least: floor on the number of values per channel.
@@ -87,9 +87,8 @@ class FeatureSampling(Sampler):
         width = batch.spatial[-1] if batch.spatial else 1
         positions = _amount(self, S, "positions of a map")
         vector = math.gcd(S, VECTOR)
-        unit = {"run": vector, "runs": RUNS * vector}.get(self.pattern, 0)
-        if unit and isinstance(self.amount, float) and vector > 1 and positions < S:
-            whole = round(positions / unit) * unit
+        if self.pattern in ("run", "runs") and isinstance(self.amount, float):
+            whole = round(positions / vector) * vector
             if whole and 8 * abs(whole - positions) <= positions:
                 positions = whole
         positions = min(S, max(positions, -(-self.at_least // real)))
@@ -97,7 +96,10 @@ class FeatureSampling(Sampler):
         if self.pattern == "run":
             align = math.gcd(positions, vector)
         elif self.pattern == "runs":
-            length = -(-positions // RUNS)
+            # whole vectors where there are enough: parts of one cost more than their share
+            unit = VECTOR if vector == VECTOR and positions >= (RUNS - 1) * VECTOR else 1
+            length = -(-positions // min(RUNS, positions // unit))
+            length = -(-length // unit) * unit
             runs, align = -(-positions // length), math.gcd(length, vector)
             stride = S // runs // align * align
             if stride < length:  # nearly everything

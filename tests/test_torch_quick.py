@@ -11,7 +11,7 @@ from sbncore.adapters.torch import SampledBatchNorm2d, quick  # noqa: E402
 from sbncore.cpu import draws, pages  # noqa: E402
 from sbncore.hashing import stream_key  # noqa: E402
 
-QUICK = {"full", "run", "samples", "strided"}
+QUICK = {"full", "run", "runs", "patch", "samples", "strided"}
 
 
 def everything(sampler, dtype, last, relu, add, gradient, monkeypatch, long):
