@@ -7,9 +7,11 @@ import sys
 
 BENCHMARKS = {
     "layer": "one BN layer: checked, then timed against a copy, NumPy and PyTorch",
-    "training": "a residual network trained by PyTorch, with full and with sampled statistics in turn",
+    "training": "networks trained by PyTorch on real images, with full and with sampled statistics",
+    "fidelity": "how near each sampler's estimates come on real activations, layer by layer",
     "overhead": "what a call of the PyTorch layer costs on small tensors",
     "targets": "the CPU engine against its goals, shape by shape",
+    "start": "imports and first calls on the CPU, in seconds, with and without compiled kernels",
     "kernels": "what every CUDA kernel needs of a GPU, compiled without one",
 }
 

@@ -8,7 +8,8 @@ from bench.normalizations import BATCH_NORM, BATCH_RENORM, GROUP_NORM
 
 RATIOS = 4, 8, 16, 32, 64
 SAMPLED = (
-    "fs/{0}", "fs-runs/{0}", "fs-grid/{0}", "bs/{0}", "ns/{0}", "vdn/{0}", "bs/{1}+vdn/{1}", "fs/{1}+vdn/{1}", "fs-common/{0}",
+    "fs/{0}", "fs-runs/{0}", "fs-grid/{0}", "fs-common/{0}", "bs/{0}", "ns/{0}", "vdn/{0}", "bs/{1}+vdn/{1}",
+    "fs/{1}+vdn/{1}",
 )  # fmt: skip
 REFERENCE_BATCH = 128  # the rate is per so many images: it shrinks with the batch
 
@@ -34,7 +35,7 @@ SUITES = {
         ("full", *(name.format(r, 2 * r) for name in SAMPLED for r in RATIOS)),
     ),
     "networks": Suite(
-        "The default sampler in other networks", ("full", "fs/16", "fs/64", "bs/16"), ("resnet", "1d"),
+        "Other networks", ("full", "fs/16", "fs-runs/16", "fs-runs/64"), ("resnet", "1d"),
     ),
     "tiny": Suite(
         "Tiny batches",

@@ -162,7 +162,7 @@ def test_a_pickle_that_is_no_batch(tmp_path, content, monkeypatch):
 
 def test_cifar10_cut_off_or_missing(tmp_path):
     (tmp_path / "data_batch_1.bin").write_bytes(RECORDS[:2].tobytes())
-    with pytest.raises(data.BadData, match="test_batch.bin: expected a file that can be read"):
+    with pytest.raises(data.BadData, match=r"test_batch.bin: expected a file that can be read"):
         data.load(tmp_path)
     (tmp_path / "test_batch.bin").write_bytes(RECORDS.tobytes()[:-1])
     with pytest.raises(data.BadData, match="expected records of 3073 bytes, got 21510 bytes"):
@@ -195,15 +195,15 @@ def test_folders_that_are_not_what_they_should_be(folders):
 
     odd = folders / "train" / "cat" / "odd.png"
     imsave(odd, np.zeros((6, 6, 3), np.uint8))
-    with pytest.raises(data.BadData, match="odd.png: expected an image of 3×6×5, as the others, got 3×6×6"):
+    with pytest.raises(data.BadData, match=r"odd.png: expected an image of 3×6×5, as the others, got 3×6×6"):
         data.load(folders)
     odd.write_bytes(b"none")
-    with pytest.raises(data.BadData, match="odd.png: expected an image, got"):
+    with pytest.raises(data.BadData, match=r"odd.png: expected an image, got"):
         data.load(folders)
     odd.unlink()
     for path in (folders / "test").rglob("*.png"):
         path.unlink()
-    with pytest.raises(data.BadData, match="test: expected images .* got none"):
+    with pytest.raises(data.BadData, match=r"test: expected images .* got none"):
         data.load(folders)
     (folders / "test" / "dog").rmdir()
     with pytest.raises(data.BadData, match="dog: expected a folder, as there is for training, got none"):

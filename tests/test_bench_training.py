@@ -20,6 +20,7 @@ if not (ROOT / "bench").is_dir():
 from bench import data, normalizations, suites, sweep, trainee, training  # noqa: E402
 from bench.networks import NETWORKS, build  # noqa: E402
 
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_network_follows_from_its_seed(name):
     before = torch.get_rng_state()
