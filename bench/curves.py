@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,8 +20,7 @@ is the first of eight looks at 2,000 test images that reaches that accuracy, the
 is the share of a step's time that normalization takes, with the ReLU behind it and its backward."""
 REFERENCE = "full"
 LEVELS = 0.90, 0.97  # of the reference's accuracy
-
-Group = tuple[str, str, int]  # network, gradient, batch
+COLUMNS = 4  # of plots
 
 
 def report(runs: Sequence[Run], about: str) -> list[str]:
@@ -94,42 +95,62 @@ def _grouped(runs: Iterable[Run], key: Callable) -> dict:
 
 
 def draw(path: Path, runs: Sequence[Run], caption: str) -> None:
-    """Write a PNG: the loss of every normalization against the steps, and where its accuracy ends."""
+    """Write a PNG: losses against the steps, a plot for every family of names, and final accuracies."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     groups = _grouped(runs, lambda run: (run.spec.network, run.spec.gradient, run.spec.batch))
-    figure = Figure((14, 5 * len(groups)), layout="constrained")
+    plots = [
+        (f"{network}, {gradient} gradient, batches of {batch}", names, _grouped(group, lambda r: r.spec.norm))
+        for (network, gradient, batch), group in groups.items()
+        for names in (*_families(run.spec.norm for run in group), None)
+    ]  # fmt: skip
+    rows = -(-len(plots) // COLUMNS)
+    figure = Figure((4 * COLUMNS, 3.3 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(caption, fontsize=9)
-    pairs = figure.subplots(len(groups), 2, squeeze=False)
-    for (left, right), ((network, gradient, batch), group) in zip(pairs, groups.items(), strict=True):
-        norms = _grouped(group, lambda run: run.spec.norm)
-        colors = _colors(norms)
-        for norm, same in norms.items():
+    panels = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
+    for axes, (title, names, by_norm) in zip(panels[: len(plots)], plots, strict=True):
+        axes.set_title(title, fontsize=7)
+        axes.tick_params(labelsize=6)
+        axes.grid(alpha=0.3)
+        if names is None:
+            _accuracies(axes, by_norm)
+        else:
+            _losses(axes, by_norm, names)
+    for axes in panels[len(plots) :]:
+        axes.set_axis_off()
+    figure.savefig(path, dpi=75)
+
+
+def _losses(axes: Any, by_norm: Mapping[str, Sequence[Run]], names: Sequence[str]) -> None:
+    top = 2.0
+    for k, norm in enumerate(dict.fromkeys((REFERENCE, *names))):
+        if norm in by_norm:
+            same = by_norm[norm]
             losses = np.mean([run.losses for run in same], axis=0)
+            top = max(top, losses[0])
             steps = (np.arange(len(losses)) + 0.5) * same[0].steps / len(losses)
-            left.plot(steps, losses, label=norm, linewidth=0.8, color=colors[norm])
-            found = [100 * run.accuracy for run in same]
-            spread = np.std(found, ddof=1) if len(found) > 1 else 0
-            right.errorbar(np.mean(found), norm, xerr=spread, fmt="o", markersize=3, color=colors[norm])
-        left.set(xlabel="steps", ylabel="training loss", yscale="log")
-        left.set_title(f"{network}, {gradient} gradient, batches of {batch}", fontsize=9)
-        left.legend(fontsize=6, ncols=2)
-        right.invert_yaxis()
-        right.tick_params(axis="y", labelsize=6)
-        right.set_xlabel("test accuracy, %, mean and standard deviation over the seeds")
-        right.grid(alpha=0.3)
-    figure.savefig(path, dpi=90)
+            color = "black" if norm == REFERENCE else f"C{k % 10}"
+            axes.plot(steps, losses, label=norm, linewidth=0.8, color=color)
+    axes.set_yscale("log")
+    axes.set_ylim(top=1.2 * top)  # what diverges leaves the picture
+    axes.set_ylabel("training loss, by step", fontsize=7)
+    axes.legend(fontsize=6)
 
 
-def _colors(names: Iterable[str]) -> dict[str, tuple[float, float, float, float]]:
-    """Return colours, of a family of names shades of one."""
-    from matplotlib import colormaps
+def _accuracies(axes: Any, by_norm: Mapping[str, Sequence[Run]]) -> None:
+    for norm, same in by_norm.items():
+        found = [100 * run.accuracy for run in same]
+        spread = np.std(found, ddof=1) if len(found) > 1 else 0
+        axes.errorbar(np.mean(found), norm, xerr=spread, fmt="o", markersize=2, linewidth=0.8, color="C0")
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=4 if len(by_norm) > 20 else 6)
+    axes.set_xlabel("test accuracy, %, mean and deviation over the seeds", fontsize=7)
 
-    families = list(dict.fromkeys(name.split("/")[0] for name in names))
-    within: dict[str, list[str]] = _grouped(names, lambda name: name.split("/")[0])  # type: ignore[arg-type]
-    return {
-        name: (*(0.25 + 0.75 * (1 - k / (len(members) + 1)) * c for c in colormaps["tab10"](f % 10)[:3]), 1.0)
-        for f, family in enumerate(families) for members in [within[family]] for k, name in enumerate(members)
-    }  # fmt: skip
+
+def _families(names: Iterable[str]) -> list[list[str]]:
+    """Return names that differ in their ratio alone together, and the rest."""
+    found = _grouped(dict.fromkeys(names), lambda name: re.sub(r"/\d+", "", name))
+    rest = [name for same in found.values() if len(same) == 1 for name in same]
+    return [same for same in found.values() if len(same) > 1] + ([rest] if rest != [REFERENCE] else [])

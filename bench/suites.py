@@ -40,13 +40,14 @@ SUITES = {
     "tiny": Suite(
         "Tiny batches",
         (
-            "full", "vdn:4", "0.5*full+0.5*vdn:4", "0.8*full+0.2*vdn:4", "fs/4+vdn:4", "prior:0.5|full",
-            "prior:0.9|full", GROUP_NORM, BATCH_RENORM,
+            "full", "vdn:4", "vdn:16", "0.5*full+0.5*vdn:4", "0.8*full+0.2*vdn:4", "fs/4+vdn:4",
+            "prior:0.5|full", "prior:0.9|full", GROUP_NORM, BATCH_RENORM,
         ),
         batches=(1, 2, 4, 8, 32), images=6000, epochs=1,
     ),
     "gradients": Suite(
-        "Exact, sampled and detached gradients", ("full", "fs/16", "bs/16", "ns/16"),
+        "Exact, sampled and detached gradients",
+        ("full", "fs/16", "fs-runs/16", "fs-grid/16", "bs/16", "ns/16"),
         gradients=("exact", "sampled", "detached"),
     ),
     "quick": Suite(
