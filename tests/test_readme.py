@@ -16,10 +16,11 @@ def examples(page):
 
 
 def test_the_examples_run(rng):
-    forward_and_backward, training_loop, _, _, gradients = examples(README)
+    forward_and_backward, training_loop, _, _, which, gradients = examples(README)
     names = {}
     exec(forward_and_backward, names)
     assert names["grads"].x.shape == (32, 64, 56, 56) and (names["y"] >= 0).all()
+    exec(which, names)
     names["batches"] = [rng.normal(size=(2, 8, 64, 6, 6)).astype(np.float32) for _ in range(3)]
     exec(training_loop, names)
     norm = names["norm"]
@@ -44,7 +45,7 @@ def test_pytorchs_examples_run():
         )
 
     names = {"sbn": sbn, "torch": torch, "model": model()}
-    _, _, convert, virtual, _ = examples(README)
+    _, _, convert, virtual, *_ = examples(README)
     exec(convert, names)
     assert names["model"][1].activation == "relu"
     names |= {"model": model(), "x": torch.randn(2, 3, 8, 8), "labels": torch.tensor([1, 7])}
@@ -53,6 +54,9 @@ def test_pytorchs_examples_run():
     (layer,) = examples(README.with_name("docs") / "torch.md")
     exec(layer, names)
     assert (names["y"] >= 0).all()
+    (choosing,) = examples(README.with_name("docs") / "choosing-a-sampler.md")
+    exec(choosing, names)
+    assert type(names["model"][1]).__name__ == "SampledBatchNorm2d"
 
 
 def test_every_command_is_a_target_of_the_makefile():
