@@ -34,6 +34,10 @@ SUITES = {
         "Every sampler at every ratio",
         ("full", *(name.format(r, 2 * r) for name in SAMPLED for r in RATIOS)),
     ),
+    "fs": Suite(
+        "Feature sampling, more seeds",
+        ("full", *(f"{name}/{ratio}" for name in ("fs", "fs-runs") for ratio in (16, 32, 64))), seeds=5,
+    ),
     "networks": Suite(
         "Other networks", ("full", "fs/16", "fs-runs/16", "fs-runs/64"), ("resnet", "1d"),
     ),
