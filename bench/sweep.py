@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.data import Data, load
+from bench.problems import BadData
 from bench.progress import Progress
 
 DEFAULT = "Fashion-MNIST"  # where Debian puts it
@@ -70,14 +71,24 @@ class Run:
 
 
 def finished(path: Path) -> list[Run]:
-    """Return the runs of a file; a last line that was cut off is dropped from it."""
+    """Return the runs of a file; a last line that was cut off is dropped from it.
+
+    Raises:
+        BadData: for a line that is no run.
+    """
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")
     if not text.endswith("\n"):
         text = text[: text.rfind("\n") + 1]
         path.write_text(text, encoding="utf-8")
-    return [Run.of(line) for line in text.splitlines()]
+    runs = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            runs.append(Run.of(line))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BadData(f"{path}: expected a training as line {number}, got {error!r}") from None
+    return runs
 
 
 def sweep(

@@ -126,6 +126,15 @@ def test_a_sweep_writes_goes_on_and_is_the_same_again(small, capfd, monkeypatch)
     assert again == lines
 
 
+@pytest.mark.parametrize("line", ["junk", "{}", "[1]", '{"network": 3}'])
+def test_a_file_of_something_else_is_left_as_it_is(small, line):
+    path = small / "training-accuracy.jsonl"
+    path.write_text(line + "\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"accuracy\.jsonl: expected a training as line 1, got "):
+        training.main([*TINY, "--out", str(small)])
+    assert path.read_text(encoding="utf-8") == line + "\n"
+
+
 def test_trainings_side_by_side_are_the_same(small):
     spec = sweep.Spec("plain", "digits", 48, 1, 16, 0.05, "fs/4", "exact", 0)
     one = sweep.sweep([spec], None, jobs=1, threads=1, device="cpu", where="here")
