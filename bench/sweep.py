@@ -122,14 +122,12 @@ def _all(
         return
     # spawned: a forked child of a process with OpenMP threads may hang
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, _start, (threads,)) as pool:
-        waiting = [pool.submit(train, spec, device, where) for spec in specs]
-        try:
-            for one in as_completed(waiting):
-                keep(one.result())
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    pool = ProcessPoolExecutor(jobs, context, _start, (threads,))
+    try:
+        for one in as_completed([pool.submit(train, spec, device, where) for spec in specs]):
+            keep(one.result())
+    finally:  # not `with`, whose own shutdown would let all that waits run
+        pool.shutdown(cancel_futures=True)
 
 
 def _start(threads: int) -> None:

@@ -48,8 +48,8 @@ class Fidelity:
 
     @property
     def error(self) -> float:
-        """The larger of mean_error and std_error."""
-        return max(self.mean_error, self.std_error)
+        """The larger of mean_error and std_error; NaN if one is."""
+        return float(np.maximum(self.mean_error, self.std_error))
 
     @property
     def effective(self) -> float:

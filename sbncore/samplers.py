@@ -100,7 +100,8 @@ class FeatureSampling(Sampler):
             unit = VECTOR if vector == VECTOR and positions >= (RUNS - 1) * VECTOR else 1
             length = -(-positions // min(RUNS, positions // unit))
             length = -(-length // unit) * unit
-            runs, align = -(-positions // length), math.gcd(length, vector)
+            # the last run too ends where an aligned one may: else some positions were drawn more often
+            runs, align = -(-positions // length), math.gcd(length, positions, vector)
             stride = S // runs // align * align
             if stride < length:  # nearly everything
                 align, length, stride = 1, positions, S

@@ -135,6 +135,20 @@ def test_a_file_of_something_else_is_left_as_it_is(small, line):
     assert path.read_text(encoding="utf-8") == line + "\n"
 
 
+def leave_a_mark(spec, device, where):
+    (Path(where) / str(spec.seed)).touch()
+    if spec.seed == 0:
+        raise RuntimeError("the first fails")
+
+
+def test_what_waits_is_not_trained_after_a_failure(small, monkeypatch):
+    monkeypatch.setattr(sweep, "train", leave_a_mark)
+    specs = [sweep.Spec("plain", "digits", 48, 1, 16, 0.05, "full", "exact", seed) for seed in range(500)]
+    with pytest.raises(RuntimeError, match="the first fails"):
+        sweep.sweep(specs, None, jobs=2, threads=1, device="cpu", where=str(small))
+    assert 1 <= len(list(small.iterdir())) < len(specs)
+
+
 def test_trainings_side_by_side_are_the_same(small):
     spec = sweep.Spec("plain", "digits", 48, 1, 16, 0.05, "fs/4", "exact", 0)
     one = sweep.sweep([spec], None, jobs=1, threads=1, device="cpu", where="here")

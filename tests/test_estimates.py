@@ -70,6 +70,14 @@ def test_layouts_types_and_constant_channels(rng):
         np.testing.assert_allclose(other.std_errors, found.std_errors, atol=tolerance)
 
 
+def test_what_overflows_is_no_small_error(rng):
+    x = rng.normal(size=(8, 3, 6, 6)).astype(np.float32)
+    x[:, 1] *= np.float32(1e30)
+    with np.errstate(all="ignore"):
+        assert np.isnan(sbn.fidelity(x, sbn.FeatureSampling(1 / 4), draws=2).error)
+        assert sbn.suggest(x, draws=2) == sbn.Full()
+
+
 def test_virtual_samples_are_held_against_the_real_ones(rng):
     x = rng.normal(size=(20, 4, 6, 6))
     x[16:] += 1

@@ -232,3 +232,14 @@ def test_runs_are_few_even_and_drawn_alike_by_compiled_code(size):
             np.testing.assert_array_equal(a, b)
         if part.length < part.positions <= size // 2:
             assert part.stride >= size // 4 // 16 * 16 - 16
+
+
+@pytest.mark.parametrize("amount, size", [(100, 1024), (5, 1024), (1 / 20, 784), (1 / 12, 256)])
+def test_runs_give_every_position_the_same_chance(amount, size):
+    (part,) = sbn.FeatureSampling(amount, "runs").plan((1, 2, 1, size), fewest=1).parts
+    drawn = np.zeros(size, int)
+    for start in range(0, size, part.align):
+        for i in range(-(-part.positions // part.length)):
+            length = min(part.length, part.positions - i * part.length)
+            drawn[(start + i * part.stride + np.arange(length)) % size] += 1
+    assert (drawn == drawn[0]).all() and part.fits(1, size)
