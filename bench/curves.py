@@ -26,7 +26,7 @@ COLUMNS = 4  # of plots
 def report(runs: Sequence[Run], about: str) -> list[str]:
     """Return the tables: one for each network, gradient and batch size, and one over batch sizes."""
     lines = [about, "", READING]
-    groups = _grouped(runs, lambda run: (run.spec.network, run.spec.gradient, run.spec.batch))
+    groups = _settings(runs)
     batches = sorted({batch for _, _, batch in groups})
     if len(batches) > 1:
         for network in dict.fromkeys(network for network, _, _ in groups):
@@ -87,6 +87,11 @@ def _steps_to(group: Sequence[Run], level: float) -> str:
     return f"{median:.0f}" if np.isfinite(median) else "never"
 
 
+def _settings(runs: Sequence[Run]) -> dict[tuple[str, str, int], list[Run]]:
+    """Return the runs by network, gradient and batch size."""
+    return _grouped(runs, lambda run: (run.spec.network, run.spec.gradient, run.spec.batch))
+
+
 def _grouped(runs: Iterable[Run], key: Callable) -> dict:
     groups: dict = {}
     for run in runs:
@@ -99,7 +104,7 @@ def draw(path: Path, runs: Sequence[Run], caption: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    groups = _grouped(runs, lambda run: (run.spec.network, run.spec.gradient, run.spec.batch))
+    groups = _settings(runs)
     plots = [
         (f"{network}, {gradient} gradient, batches of {batch}", names, _grouped(group, lambda r: r.spec.norm))
         for (network, gradient, batch), group in groups.items()

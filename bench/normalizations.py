@@ -33,7 +33,7 @@ PARTS: dict[str, Callable[[float], sbn.Sampler]] = {
     "ns": sbn.NaiveSampling,
 }
 GROUP = 8  # channels
-BATCH_NORM, GROUP_NORM, BATCH_RENORM = "batch norm", "group norm", "batch renorm"
+ALTERNATIVES = BATCH_NORM, GROUP_NORM, BATCH_RENORM = "batch norm", "group norm", "batch renorm"
 
 
 def sampler(name: str, batch: int) -> sbn.Sampler:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 import sbncore as sbn
 from bench import memory, timing
@@ -37,16 +36,14 @@ Gain is the share of PyTorch's step that is saved, the median of the rounds'; th
 share is that of normalization, with the ReLU and the addition behind it, in the step. Kept is what autograd
 holds for backward; a ReLU's output, which fusion spares, the next convolution keeps."""
 
-
-Found = dict[str, tuple[np.ndarray, float, int]]
+Found = dict[str, tuple[np.ndarray, float, int]]  # seconds of the steps, normalization's share, bytes kept
 
 
 def measure(settings: Settings, rounds: int) -> Found:
     """Check, then return the seconds of every round's step, normalization's share, and the bytes kept."""
     rng = np.random.default_rng(settings.seed)
     images = rng.standard_normal((settings.batch, *IMAGE), dtype=np.float32)
-    x = torch.from_numpy(images).to(settings.device).contiguous(memory_format=settings.layout)
-    labels = torch.from_numpy(rng.integers(0, CLASSES, settings.batch)).to(settings.device)
+    x, labels = settings.tensors(images, rng.integers(0, CLASSES, settings.batch))
     network = build("resnet", IMAGE[0], CLASSES, settings.seed)
     network = network.to(settings.device, memory_format=settings.layout)
     check(network, x, settings.seed)

@@ -58,8 +58,8 @@ class Run:
 
     def line(self) -> str:
         """Return it as a line of JSON."""
-        flat = asdict(self.spec) | {k: v for k, v in asdict(self).items() if k != "spec"}
-        return json.dumps(flat, ensure_ascii=False)
+        flat = asdict(self)
+        return json.dumps(flat.pop("spec") | flat, ensure_ascii=False)
 
     @staticmethod
     def of(line: str) -> Run:
@@ -140,7 +140,8 @@ def _start(threads: int) -> None:
 
 
 @lru_cache(maxsize=1)
-def _data(name: str) -> Data:
+def dataset(name: str) -> Data:
+    """Return the images of a spec, read once in a process."""
     return load(None if name == DEFAULT else name)
 
 
@@ -151,7 +152,7 @@ def train(spec: Spec, device: str, where: str) -> Run:
     from bench.share import share
     from bench.trainee import Settings, Trainee, accuracy
 
-    data = _data(spec.data).first(spec.images)
+    data = dataset(spec.data).first(spec.images)
     settings = Settings(batch=spec.batch, rate=spec.rate, seed=spec.seed, device=device)
     x, labels = settings.tensors(data.x, data.labels)
     test = settings.tensors(data.x_test, data.labels_test)
@@ -180,5 +181,3 @@ def train(spec: Spec, device: str, where: str) -> Run:
         round(share(trainee, x[: spec.batch], labels[: spec.batch], PROFILED), 4),
         round(float(np.median(seconds)) * 1e3, 3), where, datetime.date.today().isoformat(),
     )  # fmt: skip
-
-

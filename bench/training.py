@@ -12,13 +12,17 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import sbncore as sbn
 from bench.cases import WrongResult
-from bench.data import load
 from bench.layer import BUSY, SPINNING
 from bench.problems import BadData
 from bench.report import Machine, machine
+
+if TYPE_CHECKING:
+    from bench.suites import Suite
+    from bench.sweep import Spec
 
 try:
     import torch
@@ -69,24 +73,12 @@ def _speed(options: argparse.Namespace, command: str) -> None:
 
 def _sweep(options: argparse.Namespace, command: str) -> None:
     from bench import curves
-    from bench.networks import NETWORKS, build
-    from bench.normalizations import BATCH_NORM, BATCH_RENORM, GROUP_NORM, sampler
-    from bench.suites import REFERENCE_BATCH, SUITES
-    from bench.sweep import DEFAULT, Spec, sweep
+    from bench.networks import build
+    from bench.sweep import DEFAULT, dataset, sweep
     from bench.trainee import Settings, check
 
-    suite = SUITES["quick" if options.quick else options.suite]
-    asked = ("norms", "networks", "gradients", "batches", "seeds", "images", "epochs", "rate")
-    suite = replace(suite, **{k: getattr(options, k) for k in asked if getattr(options, k) is not None})
-    _choices("--networks", suite.networks, tuple(NETWORKS))
-    _choices("--gradients", suite.gradients, ("exact", "sampled", "detached"))
-    for norm in suite.norms:
-        if norm not in (BATCH_NORM, GROUP_NORM, BATCH_RENORM):
-            try:
-                sampler(norm, max(suite.batches))
-            except ValueError as wrong:
-                sys.exit(f"--norms: {wrong}")
-    data = load(options.data)
+    suite = _suite(options)
+    data = dataset(options.data or DEFAULT)
     images = min(suite.images, len(data.x)) if options.images is None else suite.images
     if images > len(data.x):
         raise BadData(f"--images: expected at most the {len(data.x)} of {data.name}, got {images}")
@@ -94,24 +86,16 @@ def _sweep(options: argparse.Namespace, command: str) -> None:
         raise BadData(f"--batches: expected at most the {images} images there are, got {max(suite.batches)}")
     jobs = options.jobs or (1 if options.device == "cuda" else sbn.get_num_threads())
     where = _machine(options, options.threads or 1)
-    name = str(options.data) if options.data else DEFAULT if data.name == DEFAULT else "digits"
-    specs = [
-        Spec(
-            network, name, images, suite.epochs, batch, suite.rate * batch / REFERENCE_BATCH, norm, gradient,
-            seed,
-        )
-        for seed in range(suite.seeds) for network in suite.networks for batch in suite.batches
-        for gradient in suite.gradients for norm in suite.norms
-        if gradient == "exact" or _has_gradients(norm)
-    ]  # fmt: skip
+    x, _ = Settings(device=options.device).tensors(data.x[:64], data.labels[:64])
     for network in suite.networks:
-        x, _ = Settings(device=options.device).tensors(data.x[:64], data.labels[:64])
         check(build(network, x.shape[1], data.classes, 0).to(options.device), x, 0)
-    stem = "training-quick" if options.quick else f"training-{options.suite}"
+    stem = f"training-{'quick' if options.quick else options.suite}"
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{stem}.jsonl" if options.out else None
-    runs = sweep(specs, path, jobs=jobs, threads=options.threads or 1, device=options.device, where=where.cpu)
+    name = options.data or (DEFAULT if data.name == DEFAULT else "digits")
+    specs = _specs(suite, name, images)
+    runs = sweep(specs, path, jobs=jobs, threads=where.threads, device=options.device, where=where.cpu)
     size = "×".join(map(str, data.x.shape[2:]))
     about = f"{suite.about}: {data.name}, {images:,} images of {size}, {suite.epochs} epochs"
     lines = curves.report(runs, f"{where} {about}, {jobs} trainings at a time. `{command}`.")
@@ -121,11 +105,47 @@ def _sweep(options: argparse.Namespace, command: str) -> None:
         curves.draw(options.out / f"{stem}.png", runs, about)
 
 
+def _suite(options: argparse.Namespace) -> Suite:
+    """Return the suite as the options change it; exit where they name what there is not."""
+    from bench.networks import NETWORKS
+    from bench.normalizations import ALTERNATIVES, sampler
+    from bench.suites import SUITES
+
+    suite = SUITES["quick" if options.quick else options.suite]
+    asked = ("norms", "networks", "gradients", "batches", "seeds", "images", "epochs", "rate")
+    suite = replace(suite, **{k: getattr(options, k) for k in asked if getattr(options, k) is not None})
+    _choices("--networks", suite.networks, tuple(NETWORKS))
+    _choices("--gradients", suite.gradients, ("exact", "sampled", "detached"))
+    for norm in suite.norms:
+        if norm not in ALTERNATIVES:
+            try:
+                sampler(norm, max(suite.batches))
+            except ValueError as wrong:
+                sys.exit(f"--norms: {wrong}")
+    return suite
+
+
+def _specs(suite: Suite, data: str, images: int) -> list[Spec]:
+    """Return the suite's trainings, all of one seed before the next."""
+    from bench.suites import REFERENCE_BATCH
+    from bench.sweep import Spec
+
+    return [
+        Spec(
+            network, data, images, suite.epochs, batch, suite.rate * batch / REFERENCE_BATCH, norm, gradient,
+            seed,
+        )
+        for seed in range(suite.seeds) for network in suite.networks for batch in suite.batches
+        for gradient in suite.gradients for norm in suite.norms
+        if gradient == "exact" or _has_gradients(norm)
+    ]  # fmt: skip
+
+
 def _has_gradients(norm: str) -> bool:
     """Whether a choice of gradients matters: not without a sample, and virtual samples refuse "sampled"."""
-    from bench.normalizations import BATCH_NORM, BATCH_RENORM, GROUP_NORM
+    from bench.normalizations import ALTERNATIVES
 
-    return norm not in (BATCH_NORM, GROUP_NORM, BATCH_RENORM, "full") and "vdn" not in norm
+    return norm not in (*ALTERNATIVES, "full") and "vdn" not in norm
 
 
 def _choices(option: str, got: tuple[str, ...], known: tuple[str, ...]) -> None:

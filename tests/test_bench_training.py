@@ -89,7 +89,7 @@ def small(tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
     monkeypatch.setattr(data, "DEBIAN", tmp_path / "none")
     threads = torch.get_num_threads(), sbn.get_num_threads()
-    sweep._data.cache_clear()
+    sweep.dataset.cache_clear()
     yield tmp_path
     torch.set_num_threads(threads[0])
     sbn.set_num_threads(threads[1])

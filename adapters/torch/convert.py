@@ -71,15 +71,12 @@ def convert_sampled_batchnorm(
     skipped = _skipper(model, skip)
     if by_name is not None:
         _known(model, by_name, "sampler")
-        asked = skipped
-
-        def skipped(name: str, module: nn.Module) -> bool:
-            return name not in by_name or asked(name, module)
-
     numbers: dict[nn.Module, int] = {}
     samplers: dict[nn.Module, Any] = {}
     for name, module in model.named_modules():
         if not isinstance(module, _BatchNorm) or skipped(name, module):
+            continue
+        if by_name is not None and name not in by_name:
             continue
         if isinstance(module, SampledBatchNorm) or type(module) in PAIRS:
             numbers[module] = len(numbers)
