@@ -4,59 +4,98 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map
 
 import sbncore as sbn
+from sbncore.adapters.torch.layers import FULL, SampledBatchNorm
+from sbncore.adapters.torch.virtual import VirtualBatch
+from sbncore.estimates import samplers
 
 
 def suggest_samplers(
     model: nn.Module,
     batch: Any,
     *,
-    tolerance: float = 0.1,
+    tolerance: float = 0.03,
     candidates: Iterable[sbn.Sampler] | None = None,
     draws: int = 16,
     seed: int = 0,
 ) -> dict[str, sbn.Sampler]:
     """Return `sbncore.suggest` of every BatchNorm layer's input, by the layers' names.
 
-    One forward of a copy in training mode, without gradients; the model, its statistics and torch's random
-    numbers stay as they are. ``convert_sampled_batchnorm(model, suggested)`` takes what is returned.
+    One forward of a copy, uncompiled, with full statistics and without gradients; the model, its statistics,
+    the batch and torch's random numbers stay as they are. Of a layer that is called more than once, what the
+    last of the inputs for which the others' did not do wants. ``convert_sampled_batchnorm(model, suggested)``
+    takes what is returned.
 
     Args:
-        model: any module with torch's BatchNorm layers, or sampled ones, before or after some training.
+        model: any module with torch's BatchNorm layers, or sampled ones, before or after some training. One
+            in evaluation mode is judged in training mode; in one that trains, layers in evaluation mode stay
+            so.
         batch: what to call the model with, a tensor or a tuple of arguments: a training batch, not a small
             one, since errors depend on its size.
-        tolerance, candidates, draws, seed: as `sbncore.suggest`.
+        tolerance, candidates, draws, seed: as `sbncore.suggest`, but no virtual samples.
 
     Raises:
-        TypeError: for a model that is none. ValueError: for one without BatchNorm layers that are called.
-        As `sbncore.suggest`.
+        TypeError: for a model that is none, or that ``copy.deepcopy`` refuses.
+        ValueError: for one without BatchNorm layers that are called, or with a `VirtualBatch`, whose noise
+            is no data: judge its ``model``.
+        As `sbncore.suggest`, naming the layer.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if candidates is not None:
+        candidates = samplers("candidates", candidates)
+        if any(one.virtual for one in candidates):
+            raise ValueError("candidates: expected samples of the batch, got virtual samples")
+    options = {"tolerance": tolerance, "candidates": candidates, "draws": draws, "seed": seed}
     chosen: dict[str, sbn.Sampler] = {}
-    candidates = None if candidates is None else list(candidates)
-    options: dict[str, Any] = {
-        "tolerance": tolerance, "candidates": candidates, "draws": draws, "seed": seed,
-    }  # fmt: skip
-
-    def judge(name: str) -> Any:
-        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            chosen.setdefault(name, sbn.suggest(arguments[0].detach(), eps=module.eps, **options))
-
-        return hook
-
-    copied = copy.deepcopy(model).train()
+    copied = _copy(model)
     for name, module in copied.named_modules():
         if isinstance(module, _BatchNorm):
-            module.register_forward_pre_hook(judge(name))
-    with torch.no_grad(), torch.random.fork_rng():
-        copied(*(batch if isinstance(batch, tuple) else (batch,)))
+            if isinstance(module, SampledBatchNorm):
+                module.sampler = FULL
+            module.register_forward_pre_hook(partial(_judge, chosen, name, options), with_kwargs=True)
+    inputs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
+    with torch.no_grad(), torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
+        copied(*(inputs if type(inputs) is tuple else (inputs,)))
     if not chosen:
         raise ValueError("model: expected BatchNorm layers that a forward calls, found none")
     return chosen
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    for name, module in model.named_modules():
+        if isinstance(module, VirtualBatch):
+            here = f"its {name!r}" if name else "one"
+            raise ValueError(f"model: expected no VirtualBatch, got {here}; judge what is inside, its .model")
+    try:
+        copied = copy.deepcopy(model)
+    except Exception as refusal:
+        raise TypeError(f"model: expected one that copy.deepcopy can copy, got: {refusal}") from refusal
+    return copied if model.training else copied.train()
+
+
+def _judge(
+    chosen: dict[str, sbn.Sampler],
+    name: str,
+    options: dict[str, Any],
+    layer: Any,
+    arguments: tuple[Any, ...],
+    keywords: dict[str, Any],
+) -> None:
+    """Before a layer's forward: choose for its input."""
+    x = (arguments[0] if arguments else keywords["input"]).detach()
+    draw = {"draws": options["draws"], "seed": options["seed"], "eps": layer.eps}
+    try:
+        before = chosen.get(name)
+        if before is None or not sbn.fidelity(x, before, **draw).error <= options["tolerance"]:
+            chosen[name] = sbn.suggest(x, eps=layer.eps, **options)
+    except (TypeError, ValueError) as complaint:
+        raise type(complaint)(f"{name}: {complaint}") from complaint
