@@ -98,6 +98,29 @@ def test_suggest_returns_the_cheapest_that_will_do(correlated):
     assert sbn.suggest(correlated[:, :, 0, 0], tolerance=0.5, draws=4) == sbn.BatchSampling(1 / 16)
 
 
+def test_suggest_looks_at_the_memory():
+    """Four short runs cost more cache lines than one, but where a position is a row of channels."""
+    x = np.zeros((8, 2, 32, 32))
+    inner = np.moveaxis(x, 1, -1).copy()
+    tolerance = np.float32(0.05)
+    assert sbn.suggest(x, tolerance=tolerance) == sbn.FeatureSampling(1 / 64)
+    assert sbn.suggest(inner, channel_axis=-1) == sbn.FeatureSampling(1 / 64, "runs")
+    assert sbn.suggest(np.moveaxis(inner, -1, 1)) == sbn.FeatureSampling(1 / 64, "runs")
+
+
+@pytest.mark.parametrize("change, kind, message", [
+    ({"x": np.zeros((0, 3, 4))}, ValueError, "x: expected values, got an empty array"),
+    ({"candidates": 3}, TypeError, "candidates: expected samplers, got 3"),
+    ({"candidates": [sbn.Full(), 0.5]}, TypeError, "candidates: expected samplers, got 0.5 among them"),
+    ({"candidates": [sbn.BatchSampling(5)]}, ValueError, "expected a count of at most the 4 samples"),
+    ({"draws": 0}, ValueError, "draws: expected at least 1, got 0"),
+])  # fmt: skip
+def test_what_suggest_refuses_beside_tolerances(change, kind, message):
+    given = {"x": np.ones((4, 3, 2, 2))} | change
+    with pytest.raises(kind, match=message):
+        sbn.suggest(given.pop("x"), **given)
+
+
 @pytest.mark.parametrize("change, kind, message", [
     ({"sampler": 1 / 16}, TypeError, "sampler: expected a Sampler, got float"),
     ({"sampler": sbn.Prior(0.5)}, ValueError, "sampler: expected one that draws from x alone, got Prior"),

@@ -91,10 +91,27 @@ def test_a_layer_alone_shared_layers_and_what_is_skipped():
     norm = nn.BatchNorm2d(4)
     shared = convert_sampled_batchnorm(nn.Sequential(norm, nn.ReLU(), norm), FS)
     assert shared[0] is shared[2] and type(shared[0]) is SampledBatchNorm2d
+    shared = convert_sampled_batchnorm(nn.Sequential(norm, nn.ReLU(), norm), {"2": FS})
+    assert shared[0] is shared[2] and shared[0].sampler == FS
     some = convert_sampled_batchnorm(model(), FS, skip=["3.1"])
-    assert type(some[3][1]) is nn.BatchNorm2d and some[6].layer == 1
+    assert type(some[3][1]) is nn.BatchNorm2d and some[6].layer == 2
     some = convert_sampled_batchnorm(model(), FS, skip=lambda name, layer: isinstance(layer, nn.BatchNorm1d))
     assert type(some[6]) is nn.BatchNorm1d and type(some[3][1]) is SampledBatchNorm2d
+
+
+def test_without_a_sampler_a_sixteenth_is_drawn_but_1024_values_at_least():
+    converted = convert_sampled_batchnorm(model())
+    assert converted[1].sampler == sbn.FeatureSampling(1 / 16, "runs", at_least=1024)
+    assert converted[1].sampler.plan((128, 4, 28, 28)).count == 128 * 48
+    assert converted[1].sampler.plan((128, 4, 7, 7)).count == 128 * 8
+
+
+def test_converted_in_two_goes_no_two_layers_draw_alike():
+    whole = model()
+    convert_sampled_batchnorm(whole, FS, skip=["3.1"])
+    convert_sampled_batchnorm(whole, {"3.1": FS})
+    numbers = [layer.layer for layer in norms(whole)]
+    assert sorted(numbers) == list(range(len(numbers)))
 
 
 def test_device_and_dtype_are_kept():
@@ -157,6 +174,12 @@ def test_bad_arguments_change_nothing():
         (TypeError, "skip: expected a collection of names, got the string", (plain, FS), {"skip": "3.1"}),
         (ValueError, r"skip: expected names of BatchNorm layers of the model, got \['0'\]", (plain, FS),
          {"skip": ["0", "1"]}),
+        (TypeError, "skip: expected a collection of names or a function, got None", (plain, FS),
+         {"skip": None}),
+        (ValueError, r"sampler: expected names of BatchNorm layers of the model, got \[0, 'x'\]",
+         (plain, {"x": FS, 0: FS}), {}),
+        (ValueError, "gradient: 'sampled' expects a sample of the batch", (plain, sbn.VirtualSamples(2)),
+         {"gradient": "sampled"}),
     ):  # fmt: skip
         with pytest.raises(kind, match=complaint):
             convert_sampled_batchnorm(*arguments, **options)

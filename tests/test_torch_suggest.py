@@ -8,7 +8,11 @@ import sbncore as sbn
 
 torch = pytest.importorskip("torch")
 
-from sbncore.adapters.torch import convert_sampled_batchnorm, suggest_samplers  # noqa: E402
+from sbncore.adapters.torch import (  # noqa: E402
+    VirtualBatch,
+    convert_sampled_batchnorm,
+    suggest_samplers,
+)
 
 nn = torch.nn
 
@@ -42,7 +46,7 @@ def test_the_converter_takes_what_is_suggested(model):
     del found["5"]
     sampled = convert_sampled_batchnorm(copy.deepcopy(model), found)
     assert [sampled[1].sampler, sampled[8].sampler] == [found["1"], found["8"]]
-    assert type(sampled[5]) is nn.BatchNorm2d and (sampled[1].layer, sampled[8].layer) == (0, 1)
+    assert type(sampled[5]) is nn.BatchNorm2d and (sampled[1].layer, sampled[8].layer) == (0, 2)
     assert suggest_samplers(sampled, x, tolerance=1e-9)["1"] == sbn.Full()
 
 
@@ -59,3 +63,66 @@ def test_what_is_refused(model):
     with pytest.raises(TypeError, match="sampler"):
         convert_sampled_batchnorm(model, {"1": sbn.Full(), "5": 1 / 16})
     assert type(model[1]) is nn.BatchNorm2d
+
+
+def test_virtual_samples_are_no_data():
+    x = torch.randn(16, 2, 8, 8)
+    converted = convert_sampled_batchnorm(nn.Sequential(nn.BatchNorm2d(2)), sbn.VirtualSamples(3))
+    batch = nn.Sequential(VirtualBatch(converted, 3))
+    with pytest.raises(ValueError, match="expected no VirtualBatch, got its '0'; judge what is inside"):
+        suggest_samplers(batch, x)
+    found = suggest_samplers(batch[0].model, x, tolerance=0.1)
+    assert found == {"0": sbn.suggest(x, tolerance=0.1)}
+    for mapping in (found, found["0"]):
+        sampler = {"0.model.0": mapping["0"]} if isinstance(mapping, dict) else mapping
+        with pytest.raises(ValueError, match=r"one with VirtualSamples\(3\) for 'model.0', which a Virtual"):
+            convert_sampled_batchnorm(batch, sampler)
+    assert converted[0].sampler == sbn.VirtualSamples(3)
+    with pytest.raises(ValueError, match="candidates: expected samples of the batch, got virtual samples"):
+        suggest_samplers(converted, x, candidates=[sbn.VirtualSamples(2)])
+
+
+def test_a_compiled_model_is_judged_uncompiled(model):
+    x = torch.randn(8, 1, 16, 16)
+    found = suggest_samplers(torch.compile(model), x, tolerance=0.3, draws=2)
+    assert list(found) == [f"_orig_mod.{name}" for name in ("1", "5", "8")]
+    model.compile()
+    assert list(suggest_samplers(model, x, tolerance=0.3, draws=2)) == ["1", "5", "8"]
+
+
+class Twice(nn.Module):
+    """Calls its layer with a constant input, by name, and then with the given one."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.relu = nn.BatchNorm2d(3), nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        return self.norm(input=torch.ones_like(x) + 1e-3 * x), self.norm(self.relu(x))
+
+
+def test_a_layer_called_twice_and_by_keyword():
+    x = torch.randn(16, 3, 8, 8)
+    before = x.clone()
+    found = suggest_samplers(Twice(), x, tolerance=0.05)
+    assert torch.equal(x, before)
+    assert found == {"norm": sbn.suggest(x.relu(), tolerance=0.05)}
+    assert found["norm"] != sbn.suggest(torch.ones_like(x) + 1e-3 * x, tolerance=0.05)
+
+
+def test_layers_that_are_frozen_stay_so(model):
+    model.train()[1].eval()
+    seen = []
+    model[5].register_forward_pre_hook(lambda layer, _: seen.append(layer.training))
+    model[1].register_forward_pre_hook(lambda layer, _: seen.append(layer.training))
+    suggest_samplers(model, torch.randn(8, 1, 16, 16), tolerance=0.3, draws=2)
+    assert seen == [False, True]
+
+
+def test_complaints_name_the_layer_and_what_cannot_be_copied(model):
+    x = torch.randn(8, 1, 16, 16)
+    with pytest.raises(ValueError, match="1: BatchSampling: expected a count of at most the 8 samples"):
+        suggest_samplers(model, x, candidates=[sbn.BatchSampling(9)])
+    model.lock = __import__("threading").Lock()
+    with pytest.raises(TypeError, match=r"expected one that copy.deepcopy can copy, got: cannot pick"):
+        suggest_samplers(model, x)

@@ -18,6 +18,7 @@ from sbncore.adapters.torch.layers import (
     SampledBatchNorm2d,
     SampledBatchNorm3d,
 )
+from sbncore.adapters.torch.virtual import VirtualBatch
 
 PAIRS: dict[type[_BatchNorm], type[SampledBatchNorm]] = {
     nn.BatchNorm1d: SampledBatchNorm1d,
@@ -25,12 +26,14 @@ PAIRS: dict[type[_BatchNorm], type[SampledBatchNorm]] = {
     nn.BatchNorm3d: SampledBatchNorm3d,
     nn.SyncBatchNorm: SampledBatchNorm,
 }
+# a floor of 1,024 values a channel: deep layers' maps are small, and cost accuracy where sampled thinly
+DEFAULT = sbn.FeatureSampling(1 / 16, "runs", at_least=1024)
 Skip = Collection[str] | Callable[[str, nn.Module], bool]
 
 
 def convert_sampled_batchnorm(
     model: nn.Module,
-    sampler: sbn.Sampler | Mapping[str, sbn.Sampler],
+    sampler: sbn.Sampler | Mapping[str, sbn.Sampler] = DEFAULT,
     *,
     gradient: str = "exact",
     fuse: bool = False,
@@ -41,14 +44,17 @@ def convert_sampled_batchnorm(
 ) -> nn.Module:
     """Replace a model's BatchNorm layers, in place, by sampled ones that share their Parameters and buffers.
 
-    Each keeps its mode, device, dtype, hooks and place in the state_dict, and gets a ``layer`` number of its
-    own, in the order of ``named_modules``. A SyncBatchNorm keeps its process group. Subclasses other than
-    torch's own four are left, with a warning, since their forward is their own.
+    Each keeps its mode, device, dtype, hooks and place in the state_dict, and gets as ``layer`` its number
+    among all the model's BatchNorm layers, in the order of ``named_modules``. A SyncBatchNorm keeps its
+    process group. Subclasses other than torch's own four are left, with a warning, since their forward is
+    their own.
 
     Args:
         model: any module; it may be a BatchNorm layer itself.
-        sampler, gradient, process_group, seed, skip_nonfinite: as `SampledBatchNorm`. Samplers by the names
-            of layers, as `suggest_samplers` returns them, leave the layers not named as they are.
+        sampler, gradient, process_group, seed, skip_nonfinite: as `SampledBatchNorm`, but that a sixteenth
+            is drawn if none is given, in up to four runs a map, of 1,024 values per channel at least:
+            ``FeatureSampling(1/16, "runs", at_least=1024)``. Samplers by the names of layers, as
+            `suggest_samplers` returns them, leave the layers not named as they are.
         fuse: also fuse BatchNorm and ReLU, and BatchNorm, addition and ReLU, where torch.fx can trace a
             module (`sbncore.adapters.torch.fuse`); what it cannot is said in a warning.
         skip: names of layers as in ``named_modules``, or a function of (name, layer), to be left as they are.
@@ -57,7 +63,8 @@ def convert_sampled_batchnorm(
         The model, or the layer (or traced module) that replaces it.
 
     Raises:
-        TypeError, ValueError: for arguments, unknown names in skip among them, before anything is replaced.
+        TypeError, ValueError: for arguments, unknown names in skip and layers of a `VirtualBatch` that would
+            not draw from its virtual samples among them, before anything is replaced.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -73,21 +80,24 @@ def convert_sampled_batchnorm(
         _known(model, by_name, "sampler")
     numbers: dict[nn.Module, int] = {}
     samplers: dict[nn.Module, Any] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, _BatchNorm) or skipped(name, module):
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, _BatchNorm) or module in samplers:
             continue
-        if by_name is not None and name not in by_name:
+        convertible = isinstance(module, SampledBatchNorm) or type(module) in PAIRS
+        if convertible:
+            numbers.setdefault(module, len(numbers))
+        if skipped(name, module) or (by_name is not None and name not in by_name):
             continue
-        if isinstance(module, SampledBatchNorm) or type(module) in PAIRS:
-            numbers[module] = len(numbers)
+        if convertible:
             samplers[module] = sampler if by_name is None else by_name[name]
         elif type(module).__name__.startswith("LazyBatchNorm"):
             warnings.warn(f"{name}: a lazy layer is converted after its first call, not now", stacklevel=2)
         else:
             warnings.warn(f"{name}: {type(module).__name__} has its own forward and is left", stacklevel=2)
+    _check_virtual(model, samplers)
 
     def sampled(module: nn.Module) -> nn.Module:
-        if module not in numbers:
+        if module not in samplers:
             return module
         group = process_group or getattr(module, "process_group", None)
         if group is None and isinstance(module, nn.SyncBatchNorm):
@@ -158,13 +168,28 @@ def _skipper(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool]:
         return skip
     if isinstance(skip, str):
         raise TypeError(f"skip: expected a collection of names, got the string {skip!r}")
+    if not isinstance(skip, Collection):
+        raise TypeError(f"skip: expected a collection of names or a function, got {skip!r}")
     names = set(skip)
     _known(model, names, "skip")
     return lambda name, module: name in names
 
 
 def _known(model: nn.Module, names: Collection[str], argument: str) -> None:
-    unknown = set(names) - {name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    modules = model.named_modules(remove_duplicate=False)
+    unknown = set(names) - {name for name, module in modules if isinstance(module, _BatchNorm)}
     if unknown:
         wanted = "names of BatchNorm layers of the model"
-        raise ValueError(f"{argument}: expected {wanted}, got {sorted(unknown)}")
+        raise ValueError(f"{argument}: expected {wanted}, got {sorted(unknown, key=str)}")
+
+
+def _check_virtual(model: nn.Module, samplers: Mapping[nn.Module, sbn.Sampler]) -> None:
+    for batch in model.modules():
+        if not isinstance(batch, VirtualBatch):
+            continue
+        for name, module in batch.named_modules():
+            if module in samplers and samplers[module].virtual != batch.count:
+                raise ValueError(
+                    f"sampler: expected one with VirtualSamples({batch.count}) for {name!r}, which a "
+                    f"VirtualBatch holds, got {samplers[module]}"
+                )

@@ -89,6 +89,7 @@ class SampledBatchNorm(_BatchNorm):
         checks.choice(gradient, "gradient", checks.GRADIENTS)
         checks.choice(activation, "activation", (None, "relu"))
         self.sampler, self.gradient, self.activation = sampler, gradient, activation
+        self._check_gradient()
         self.process_group, self.skip_nonfinite = process_group, bool(skip_nonfinite)
         self.seed, self.layer = integer("seed", seed), integer("layer", layer)
         # counts the draws where num_batches_tracked does not
@@ -125,8 +126,7 @@ class SampledBatchNorm(_BatchNorm):
             )
         if input.dtype not in DTYPES:
             raise NotImplementedError(f"input: expected one of {DTYPES}, got {input.dtype}")
-        if self.gradient == "sampled" and self._sampler.virtual:
-            raise ValueError("gradient: 'sampled' expects a sample of the batch, got virtual samples too")
+        self._check_gradient()
         counter = self.num_batches_tracked if tracked else self._untracked(input.device)
         step, counts = replay.step_of(self, counter)
         arguments = (
@@ -143,6 +143,10 @@ class SampledBatchNorm(_BatchNorm):
                 self._move(mean, var)
             counter.add_(1)
         return y
+
+    def _check_gradient(self) -> None:
+        if self.gradient == "sampled" and self._sampler.virtual:
+            raise ValueError("gradient: 'sampled' expects a sample of the batch, got virtual samples too")
 
     def _options(self) -> Options:
         momentum = 1.0 if self.momentum is None else self.momentum
