@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from bench.report import markdown
+from bench.suites import REFERENCE_BATCH
 from bench.sweep import Run
 
 READING = """\
@@ -27,18 +28,24 @@ def report(runs: Sequence[Run], about: str) -> list[str]:
     """Return the tables: one for each network, gradient and batch size, and one over batch sizes."""
     lines = [about, "", READING]
     groups = _settings(runs)
-    batches = sorted({batch for _, _, batch in groups})
-    if len(batches) > 1:
-        for network in dict.fromkeys(network for network, _, _ in groups):
-            lines += ["", f"## {network}: accuracy by batch size", "", *_by_batch(runs, network, batches)]
-    for (network, gradient, batch), group in groups.items():
+    if len({batch for _, _, batch, _ in groups}) > 1:
+        for (network, rate), group in _grouped(runs, lambda run: (run.spec.network, _rate(run))).items():
+            title = f"{network}, rate {rate:g} for {REFERENCE_BATCH} images: accuracy by batch size"
+            lines += ["", f"## {title}", "", *_by_batch(group)]
+    for (network, gradient, batch, rate), group in groups.items():
         reference = [
             run for run in runs
-            if (run.spec.norm, run.spec.network, run.spec.batch) == (REFERENCE, network, batch)
+            if (run.spec.norm, run.spec.network, run.spec.batch, _rate(run))
+            == (REFERENCE, network, batch, rate)
         ]  # fmt: skip
         title = f"{network}, {gradient} gradient, batches of {batch}, rate {group[0].spec.rate:g}"
         lines += ["", f"## {title}", "", *_table(group, reference)]
     return lines
+
+
+def _rate(run: Run) -> float:
+    """Return the rate for a batch of so many images as a suite's is said for."""
+    return float(f"{run.spec.rate * REFERENCE_BATCH / run.spec.batch:.6g}")
 
 
 def _table(runs: Sequence[Run], reference: Sequence[Run]) -> list[str]:
@@ -56,10 +63,10 @@ def _table(runs: Sequence[Run], reference: Sequence[Run]) -> list[str]:
     return markdown(titles, lines, text=1)
 
 
-def _by_batch(runs: Sequence[Run], network: str, batches: Sequence[int]) -> list[str]:
+def _by_batch(runs: Sequence[Run]) -> list[str]:
     lines = []
-    chosen = [run for run in runs if run.spec.network == network]
-    for norm, group in _grouped(chosen, lambda run: run.spec.norm).items():
+    batches = sorted({run.spec.batch for run in runs})
+    for norm, group in _grouped(runs, lambda run: run.spec.norm).items():
         cells = []
         for batch in batches:
             found = [100 * run.accuracy for run in group if run.spec.batch == batch]
@@ -87,9 +94,9 @@ def _steps_to(group: Sequence[Run], level: float) -> str:
     return f"{median:.0f}" if np.isfinite(median) else "never"
 
 
-def _settings(runs: Sequence[Run]) -> dict[tuple[str, str, int], list[Run]]:
-    """Return the runs by network, gradient and batch size."""
-    return _grouped(runs, lambda run: (run.spec.network, run.spec.gradient, run.spec.batch))
+def _settings(runs: Sequence[Run]) -> dict[tuple[str, str, int, float], list[Run]]:
+    """Return the runs by network, gradient, batch size and rate."""
+    return _grouped(runs, lambda run: (run.spec.network, run.spec.gradient, run.spec.batch, _rate(run)))
 
 
 def _grouped(runs: Iterable[Run], key: Callable) -> dict:
@@ -106,8 +113,11 @@ def draw(path: Path, runs: Sequence[Run], caption: str) -> None:
 
     groups = _settings(runs)
     plots = [
-        (f"{network}, {gradient} gradient, batches of {batch}", names, _grouped(group, lambda r: r.spec.norm))
-        for (network, gradient, batch), group in groups.items()
+        (
+            f"{network}, {gradient} gradient, batches of {batch}, rate {group[0].spec.rate:g}", names,
+            _grouped(group, lambda r: r.spec.norm),
+        )
+        for (network, gradient, batch, _), group in groups.items()
         for names in (*_families(run.spec.norm for run in group), None)
     ]  # fmt: skip
     rows = -(-len(plots) // COLUMNS)

@@ -134,6 +134,9 @@ def _find(folder: Path, stem: str) -> Path:
 def _data(
     name: str, images: np.ndarray, labels: np.ndarray, images_test: np.ndarray, labels_test: np.ndarray
 ) -> Data:
+    for each, many in ((images, labels), (images_test, labels_test)):
+        if len(each) != len(many) or len(each) == 0:
+            raise BadData(f"{name}: expected a label for each image, got {len(many)} for {len(each)}")
     mean, deviation = images.mean(dtype=np.float64), images.std(dtype=np.float64)
     if deviation == 0:
         raise BadData(f"{name}: expected images that differ, got the value {images.flat[0]} everywhere")

@@ -15,6 +15,7 @@ import numpy as np
 
 import sbncore as sbn
 from bench.network import Network, cross_entropy
+from bench.problems import folder_option
 from bench.progress import Progress
 from bench.report import machine
 
@@ -150,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.demo", description=__doc__)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for demo.png")
+    parser.add_argument("--out", type=folder_option, default=Path("out"), help="folder for demo.png")
     parser.add_argument("--quick", action="store_true", help="two epochs")
     options = parser.parse_args(argv)
     if options.epochs < 1:

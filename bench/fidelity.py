@@ -18,7 +18,7 @@ import numpy as np
 
 import sbncore as sbn
 from bench.data import Data, load
-from bench.problems import BadData
+from bench.problems import BadData, folder_option
 from bench.progress import Progress
 from bench.report import machine, markdown
 
@@ -162,7 +162,13 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--network", choices=("plain", "resnet", "1d"), default="plain")
     parser.add_argument("--ratio", type=int, choices=RATIOS, default=16, help="of the printed table: one in")
     parser.add_argument("--data", metavar="FOLDER", help="as training")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the table, all figures, a picture")
+    parser.add_argument("--seed", type=_natural, default=0)
+    parser.add_argument("--out", type=folder_option, metavar="FOLDER", help="for table, figures, picture")
     parser.add_argument("--quick", action="store_true", help="few steps and draws")
     return parser.parse_args(arguments)
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 0, got {text!r}")
+    return int(text)

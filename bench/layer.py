@@ -22,6 +22,7 @@ from pathlib import Path
 import sbncore as sbn
 from bench import bars, peers, report, timing
 from bench.cases import TOLERANCE, Case, Data, WrongResult, verify
+from bench.problems import folder_option
 
 # Of ResNet-18 and ResNet-50 at batch 32, and a layer in 1-D and one in 3-D.
 SHAPES = [
@@ -166,7 +167,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--residual", action="store_true")
     parser.add_argument("--rounds", type=_positive)
     parser.add_argument("--threads", type=_positive, help="default: all cores")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=folder_option, default=RESULTS)
     parser.add_argument(
         "--budget", type=float, help="seconds, on a GPU: what is not begun by then is left out; default: 300"
     )

@@ -3,7 +3,10 @@
 A name is one of the alternatives (``batch norm``, PyTorch's; ``group norm``; ``batch renorm``) or a sampler,
 in parts joined by ``+``, whose weights are equal unless a number and ``*`` stand before them:
 
-    full   bs/16   fs/16   fs-common/16   fs-rows/16   fs-grid/16   ns/16      one in 16 of the data
+    full                                    all of it
+    bs/16   bs-random/16   ns/16            one in 16 of the data
+    fs/16   fs-runs/16   fs-rows/16   fs-patch/16   fs-grid/16   fs-common/16
+    fs-runs/16@1024                         the same, but 1,024 values per channel at least
     vdn/16   vdn:4                          virtual samples: one for 16 of the batch, or 4
     bs/32+vdn/32   0.8*full+0.2*vdn:4       hybrids
     prior:0.3|full                          30 % the running statistics, the rest as behind the bar
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -21,15 +25,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import sbncore as sbn
 from bench.renorm import BatchRenorm
 
-PARTS: dict[str, Callable[[float], sbn.Sampler]] = {
+PARTS: dict[str, Callable[..., sbn.Sampler]] = {
     "bs": sbn.BatchSampling,
-    "bs-random": lambda ratio: sbn.BatchSampling(ratio, pattern="random"),
+    "bs-random": partial(sbn.BatchSampling, pattern="random"),
     "fs": sbn.FeatureSampling,
-    "fs-runs": lambda ratio: sbn.FeatureSampling(ratio, pattern="runs"),
-    "fs-rows": lambda ratio: sbn.FeatureSampling(ratio, pattern="rows"),
-    "fs-patch": lambda ratio: sbn.FeatureSampling(ratio, pattern="patch"),
-    "fs-grid": lambda ratio: sbn.FeatureSampling(ratio, pattern="grid"),
-    "fs-common": lambda ratio: sbn.FeatureSampling(ratio, pattern="patch", place="common"),
+    "fs-runs": partial(sbn.FeatureSampling, pattern="runs"),
+    "fs-rows": partial(sbn.FeatureSampling, pattern="rows"),
+    "fs-patch": partial(sbn.FeatureSampling, pattern="patch"),
+    "fs-grid": partial(sbn.FeatureSampling, pattern="grid"),
+    "fs-common": partial(sbn.FeatureSampling, pattern="patch", place="common"),
     "ns": sbn.NaiveSampling,
 }
 GROUP = 8  # channels
@@ -64,13 +68,13 @@ def _part(part: str, batch: int) -> sbn.Sampler:
         return sbn.Full()
     if found := re.fullmatch(r"vdn:(\d+)", part):
         return sbn.VirtualSamples(int(found[1]))
-    found = re.fullmatch(r"([a-z-]+)/(\d+)", part)
-    if found and found[1] == "vdn":
+    found = re.fullmatch(r"([a-z-]+)/([1-9]\d*)(?:@([1-9]\d*))?", part)
+    if found and found[1] == "vdn" and not found[3]:
         return sbn.VirtualSamples(max(1, round(batch / int(found[2]))))
     if not found or found[1] not in PARTS:
         known = ", ".join(f"{each}/16" for each in (*PARTS, "vdn"))
-        raise ValueError(f"expected full, {known} or vdn:4 as normalization, got {part!r}")
-    return PARTS[found[1]](1 / int(found[2]))
+        raise ValueError(f"expected full, {known}, fs-runs/16@1024 or vdn:4 as normalization, got {part!r}")
+    return PARTS[found[1]](1 / int(found[2]), at_least=int(found[3] or 1))
 
 
 def normalized(

@@ -32,7 +32,13 @@ def _binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if not content or len(content) % RECORD:
         raise BadData(f"{path}: expected records of {RECORD} bytes, got {len(content)} bytes")
     records = np.frombuffer(content, np.uint8).reshape(-1, RECORD)
-    return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]
+    return records[:, 1:].reshape(-1, 3, 32, 32), _below_10(path, records[:, 0])
+
+
+def _below_10(path: Path, labels: np.ndarray) -> np.ndarray:
+    if labels.max(initial=0) > 9:
+        raise BadData(f"{path}: expected labels of 0 to 9, got {labels.max()}")
+    return labels
 
 
 class _Arrays(pickle.Unpickler):
@@ -53,12 +59,16 @@ def _pickled(path: Path) -> tuple[np.ndarray, np.ndarray]:
         images, labels = content[b"data"].reshape(-1, 3, 32, 32), np.array(content[b"labels"], np.uint8)
     except Exception as error:  # a garbled pickle may raise anything
         raise BadData(f"{path}: expected a batch of CIFAR-10 as Python pickles it, got {error}") from None
-    return images, labels
+    if len(images) != len(labels):
+        raise BadData(f"{path}: expected a label for each image, got {len(labels)} for {len(images)}")
+    return images, _below_10(path, labels)
 
 
 def from_folders(folder: Path) -> Arrays:
     """Return the images of train/CLASS/ and test/CLASS/, all of one size; needs matplotlib."""
-    classes = sorted(each.name for each in (folder / "train").iterdir() if each.is_dir())
+    if not (folder / "train").is_dir():
+        raise BadData(f"{folder / 'train'}: expected a folder, got a file")
+    classes = sorted(each.name for each in _shown(folder / "train") if each.is_dir())
     if not classes:
         raise BadData(f"{folder / 'train'}: expected a folder for each class, got none")
     arrays: list[np.ndarray] = []
@@ -69,7 +79,7 @@ def from_folders(folder: Path) -> Arrays:
             within = folder / part / name
             if not within.is_dir():
                 raise BadData(f"{within}: expected a folder, as there is for training, got none")
-            for path in sorted(each for each in within.iterdir() if each.suffix.lower() in IMAGES):
+            for path in sorted(each for each in _shown(within) if each.suffix.lower() in IMAGES):
                 image = _image(path)
                 like = (arrays[0][0] if arrays else images[0] if images else image).shape
                 if image.shape != like:
@@ -77,10 +87,16 @@ def from_folders(folder: Path) -> Arrays:
                     raise BadData(f"{path}: expected an image of {want}, as the others, got {came}")
                 images.append(image)
                 labels.append(label)
+            if part == "train" and label not in labels:
+                raise BadData(f"{within}: expected images ({', '.join(sorted(IMAGES))}), got none")
         if not images:
             raise BadData(f"{folder / part}: expected images ({', '.join(sorted(IMAGES))}), got none")
         arrays += [np.stack(images), np.array(labels)]
     return tuple(arrays)  # type: ignore[return-value]
+
+
+def _shown(folder: Path) -> list[Path]:
+    return [each for each in folder.iterdir() if not each.name.startswith(".")]
 
 
 def _image(path: Path) -> np.ndarray:
@@ -91,6 +107,9 @@ def _image(path: Path) -> np.ndarray:
         image = imread(path)
     except (OSError, SyntaxError, ValueError) as error:
         raise BadData(f"{path}: expected an image, got {error}") from None
+    cmyk = image.ndim == 3 and image.shape[2] == 4 and path.suffix.lower() in (".jpg", ".jpeg")
+    if image.ndim not in (2, 3) or cmyk:
+        raise BadData(f"{path}: expected a grey or RGB image, got {'CMYK' if cmyk else image.shape}")
     scale = 255 if image.dtype.kind == "f" else 1  # PNGs come as 0 to 1
     image = image[..., None] if image.ndim == 2 else image[..., :3]
     return np.moveaxis(image, -1, 0).astype(np.float32) * scale

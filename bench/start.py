@@ -23,6 +23,7 @@ import numpy as np
 
 import sbncore as sbn
 from bench import cases, peers, report
+from bench.problems import folder_option
 from bench.progress import Progress
 
 ROOT = Path(__file__).parents[1]
@@ -49,7 +50,7 @@ QUICK = [("last", "inference"), ("first", "7×7 maps")]
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench start", description=__doc__)
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for start-cpu.md")
+    parser.add_argument("--out", type=folder_option, metavar="FOLDER", help="for start-cpu.md")
     parser.add_argument("--quick", action="store_true", help="two cases, every figure of one process")
     options = parser.parse_args(arguments)
     chosen, runs = (QUICK, 1) if options.quick else (EVERY, RUNS)

@@ -8,15 +8,15 @@ from bench.normalizations import BATCH_NORM, BATCH_RENORM, GROUP_NORM
 
 RATIOS = 4, 8, 16, 32, 64
 SAMPLED = (
-    "fs/{0}", "fs-runs/{0}", "fs-grid/{0}", "fs-common/{0}", "bs/{0}", "ns/{0}", "vdn/{0}", "bs/{1}+vdn/{1}",
-    "fs/{1}+vdn/{1}",
+    "fs/{0}", "fs-runs/{0}", "fs-runs/{0}@1024", "fs-grid/{0}", "fs-common/{0}", "bs/{0}", "ns/{0}",
+    "vdn/{0}", "bs/{1}+vdn/{1}", "fs/{1}+vdn/{1}",
 )  # fmt: skip
 REFERENCE_BATCH = 128  # the rate is per so many images: it shrinks with the batch
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Every normalization, at every batch size, with every gradient and seed, on every network."""
+    """Every normalization, at every batch size and rate, with every gradient and seed, on every network."""
 
     about: str
     norms: tuple[str, ...]
@@ -26,7 +26,7 @@ class Suite:
     seeds: int = 3
     images: int = 20_000
     epochs: int = 2
-    rate: float = 0.2
+    rates: tuple[float, ...] = (0.2,)
 
 
 SUITES = {
@@ -36,10 +36,12 @@ SUITES = {
     ),
     "fs": Suite(
         "Feature sampling, more seeds",
-        ("full", *(f"{name}/{ratio}" for name in ("fs", "fs-runs") for ratio in (16, 32, 64))), seeds=5,
+        ("full", *(name.format(r) for name in (*SAMPLED[:3], "fs-runs/{0}@2048") for r in (16, 32, 64))),
+        seeds=10,
     ),
     "networks": Suite(
-        "Other networks", ("full", "fs/16", "fs-runs/16", "fs-runs/64"), ("resnet", "1d"),
+        "Other networks",
+        ("full", "fs/16", "fs-runs/16", "fs-runs/64", "fs-runs/16@1024", "fs-runs/64@1024"), ("resnet", "1d"),
     ),
     "tiny": Suite(
         "Tiny batches",
@@ -49,9 +51,16 @@ SUITES = {
         ),
         batches=(1, 2, 4, 8, 32), images=6000, epochs=1,
     ),
+    "rates": Suite(
+        "Tiny batches at other rates", ("full", "vdn:4", GROUP_NORM),
+        batches=(1, 2, 4, 32), images=6000, epochs=1, rates=(0.2, 0.4, 0.8),
+    ),
     "gradients": Suite(
         "Exact, sampled and detached gradients",
-        ("full", "fs/16", "fs-runs/16", "fs-grid/16", "bs/16", "ns/16"),
+        (
+            "full", "fs/16", "fs-runs/16", "fs-runs/16@1024", "fs-runs/16@8192", "fs-grid/16", "bs/16",
+            "ns/16",
+        ),
         gradients=("exact", "sampled", "detached"),
     ),
     "quick": Suite(

@@ -10,7 +10,6 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ import numpy as np
 import sbncore as sbn
 from bench import peers, report, timing
 from bench.cases import EPS, TOLERANCE, Case, Data, WrongResult, verify
+from bench.problems import folder_option
 
 TUNED = [
     (32, 64, 56, 56), (32, 256, 28, 28), (32, 1024, 14, 14), (64, 512, 7, 7), (128, 64, 32, 32),
@@ -268,7 +268,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench targets", description=__doc__)
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for targets-cpu.md")
+    parser.add_argument("--out", type=folder_option, metavar="FOLDER", help="for targets-cpu.md")
     parser.add_argument("--quick", action="store_true", help="two small shapes, few rounds")
     options = parser.parse_args(arguments)
     options.rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)

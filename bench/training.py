@@ -8,16 +8,16 @@ are made anew of what the file holds.
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import sbncore as sbn
 from bench.cases import WrongResult
 from bench.layer import BUSY, SPINNING
-from bench.problems import BadData
+from bench.problems import BadData, folder_option
 from bench.report import Machine, machine
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def _suite(options: argparse.Namespace) -> Suite:
     from bench.suites import SUITES
 
     suite = SUITES["quick" if options.quick else options.suite]
-    asked = ("norms", "networks", "gradients", "batches", "seeds", "images", "epochs", "rate")
+    asked = ("norms", "networks", "gradients", "batches", "seeds", "images", "epochs", "rates")
     suite = replace(suite, **{k: getattr(options, k) for k in asked if getattr(options, k) is not None})
     _choices("--networks", suite.networks, tuple(NETWORKS))
     _choices("--gradients", suite.gradients, ("exact", "sampled", "detached"))
@@ -132,11 +132,10 @@ def _specs(suite: Suite, data: str, images: int) -> list[Spec]:
 
     return [
         Spec(
-            network, data, images, suite.epochs, batch, suite.rate * batch / REFERENCE_BATCH, norm, gradient,
-            seed,
+            network, data, images, suite.epochs, batch, rate * batch / REFERENCE_BATCH, norm, gradient, seed,
         )
-        for seed in range(suite.seeds) for network in suite.networks for batch in suite.batches
-        for gradient in suite.gradients for norm in suite.norms
+        for seed in range(suite.seeds) for network in suite.networks for rate in suite.rates
+        for batch in suite.batches for gradient in suite.gradients for norm in suite.norms
         if gradient == "exact" or _has_gradients(norm)
     ]  # fmt: skip
 
@@ -170,12 +169,12 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", type=_positive, help="how many")
     parser.add_argument("--images", type=_positive, help="how many to train on")
     parser.add_argument("--epochs", type=_positive)
-    parser.add_argument("--rate", type=float, help="learning rate for a batch of 128")
+    parser.add_argument("--rates", type=_rates, help="learning rates for a batch of 128")
     parser.add_argument("--data", metavar="FOLDER", help="IDX files, CIFAR-10's, train/CLASS/*; or digits")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--jobs", type=_positive, help="trainings at a time; default: as many as cores")
     parser.add_argument("--threads", type=_positive, help="of each; default: 1, or with --speed all cores")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the results")
+    parser.add_argument("--out", type=folder_option, metavar="FOLDER", help="for the results")
     parser.add_argument("--quick", action="store_true", help="a few minutes: the suite quick")
     parser.add_argument(
         "--speed", action="store_true",
@@ -186,7 +185,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not options.speed and (options.rounds or options.channels_last):
         parser.error("--rounds and --channels-last need --speed")
-    for name in ("norms", "networks", "gradients", "seeds", "images", "epochs", "rate", "data", "jobs"):
+    for name in ("norms", "networks", "gradients", "seeds", "images", "epochs", "rates", "data", "jobs"):
         if options.speed and getattr(options, name) is not None:
             parser.error(f"--{name} is not for --speed, which trains on random images")
     return options
@@ -198,6 +197,13 @@ def _words(text: str) -> tuple[str, ...]:
 
 def _numbers(text: str) -> tuple[int, ...]:
     return tuple(map(_positive, _words(text)))
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    rates = tuple(map(float, _words(text)))
+    if not all(0 < rate < math.inf for rate in rates):
+        raise argparse.ArgumentTypeError(f"expected positive numbers, got {text!r}")
+    return rates
 
 
 def _positive(text: str) -> int:

@@ -127,11 +127,11 @@ def test_neither_images_nor_scikit_learn(tmp_path, monkeypatch):
 
 
 RECORDS = np.random.default_rng(0).integers(0, 256, (7, 3073)).astype(np.uint8)
+RECORDS[:, 0] %= 10
 
 
 @pytest.mark.parametrize("binary", [True, False])
 def test_cifar10_is_read(tmp_path, binary):
-    RECORDS[:, 0] %= 10
     files = {"data_batch_1": RECORDS[:3], "data_batch_2": RECORDS[3:5], "test_batch": RECORDS[5:]}
     for name, rows in files.items():
         if binary:
@@ -167,6 +167,20 @@ def test_cifar10_cut_off_or_missing(tmp_path):
     (tmp_path / "test_batch.bin").write_bytes(RECORDS.tobytes()[:-1])
     with pytest.raises(data.BadData, match="expected records of 3073 bytes, got 21510 bytes"):
         data.load(tmp_path)
+
+
+def test_cifar10_of_labels_that_are_none(tmp_path):
+    odd = RECORDS.copy()
+    odd[1, 0] = 255
+    (tmp_path / "data_batch_1.bin").write_bytes(odd.tobytes())
+    with pytest.raises(data.BadData, match=r"data_batch_1\.bin: expected labels of 0 to 9, got 255"):
+        data.load(tmp_path)
+    (tmp_path / "data_batch_1.bin").unlink()
+    for labels, message in (([3, 10], "labels of 0 to 9, got 10"), ([3], "a label for each image, got 1")):
+        batch = {b"data": RECORDS[:2, 1:], b"labels": labels}
+        (tmp_path / "data_batch_1").write_bytes(pickle.dumps(batch, protocol=2))
+        with pytest.raises(data.BadData, match=f"data_batch_1: expected {message}"):
+            data.load(tmp_path)
 
 
 @pytest.fixture
@@ -207,4 +221,26 @@ def test_folders_that_are_not_what_they_should_be(folders):
         data.load(folders)
     (folders / "test" / "dog").rmdir()
     with pytest.raises(data.BadData, match="dog: expected a folder, as there is for training, got none"):
+        data.load(folders)
+
+
+def test_hidden_files_empty_classes_and_a_file_named_train(folders):
+    (folders / "train" / "cat" / "._0.png").write_bytes(b"of another system")
+    (folders / "train" / ".thumbnails").mkdir()
+    assert data.load(folders).classes == 2
+    (folders / "train" / "eel").mkdir()
+    (folders / "test" / "eel").mkdir()
+    with pytest.raises(data.BadData, match=r"eel: expected images .* got none"):
+        data.load(folders)
+    alone = folders / "alone"
+    alone.mkdir()
+    (alone / "train").touch()
+    with pytest.raises(data.BadData, match="train: expected a folder, got a file"):
+        data.load(alone)
+
+
+def test_a_print_in_cmyk_is_refused(folders):
+    Image = pytest.importorskip("PIL.Image")
+    Image.new("CMYK", (5, 6)).save(folders / "train" / "cat" / "print.jpg")
+    with pytest.raises(data.BadData, match=r"print\.jpg: expected a grey or RGB image, got CMYK"):
         data.load(folders)

@@ -46,6 +46,7 @@ def test_the_network_takes_small_images_and_can_be_traced(name, size):
     ("full", sbn.Full()),
     ("bs/8", sbn.BatchSampling(1 / 8)),
     ("fs-common/4", sbn.FeatureSampling(1 / 4, "patch", "common")),
+    ("fs-runs/16@1024", sbn.FeatureSampling(1 / 16, "runs", at_least=1024)),
     ("vdn/16", sbn.VirtualSamples(2)),
     ("vdn:4", sbn.VirtualSamples(4)),
     ("bs/32+vdn/32", sbn.Mixture([(0.5, sbn.BatchSampling(1 / 32)), (0.5, sbn.VirtualSamples(1))])),
@@ -56,7 +57,9 @@ def test_names_of_normalizations(name, expected):
     assert normalizations.sampler(name, 32) == expected
 
 
-@pytest.mark.parametrize("name", ["", "fs", "fs/0.5", "xs/4", "a*full", "prior:0.3", "full+", "vdn:x"])
+@pytest.mark.parametrize("name", [
+    "", "fs", "fs/0", "fs/0.5", "fs/4@0", "vdn/4@9", "xs/4", "a*full", "prior:0.3", "full+", "vdn:x",
+])  # fmt: skip
 def test_names_that_are_none(name):
     with pytest.raises(ValueError, match="expected "):
         normalizations.sampler(name, 32)
@@ -212,8 +215,11 @@ def test_a_wrong_result_aborts(small, monkeypatch):
 
 @pytest.mark.parametrize(
     "wrong",
-    ["--suite none", "--epochs 0", "--images -5", "--batches 1.5", "--seeds x", "--jobs 0", "--device tpu"],
-)
+    [
+        "--suite none", "--epochs 0", "--images -5", "--batches 1.5", "--seeds x", "--jobs 0",
+        "--device tpu", "--rates 0.2,-1", "--rates nan", f"--out {__file__}",
+    ],
+)  # fmt: skip
 def test_wrong_options_are_refused(wrong, capsys):
     with pytest.raises(SystemExit) as stopped:
         training.main(wrong.split())
@@ -232,6 +238,20 @@ def test_wrong_options_are_refused(wrong, capsys):
 def test_what_there_is_not(small, wrong, complaint):
     with pytest.raises(SystemExit, match=complaint):
         training.main(["--data", "digits", *wrong])
+
+
+def test_rates_are_apart(small, capfd):
+    training.main([*TINY, "--seeds", "1", "--batches", "8,16", "--rates", "0.1,0.2", "--norms", "full"])
+    printed = capfd.readouterr().out
+    for rate in ("0.1", "0.2"):
+        assert f"## plain, rate {rate} for 128 images: accuracy by batch size" in printed
+    assert printed.count("| full | 1 | ") == 4 and "batches of 8, rate 0.0125" in printed
+
+
+def test_a_results_file_of_bytes(small):
+    (small / "training-accuracy.jsonl").write_bytes(b"\xff\xfe\n")
+    with pytest.raises(SystemExit, match=r"accuracy\.jsonl: expected a file of trainings, got 'utf-8'"):
+        training.main([*TINY, "--out", str(small)])
 
 
 def test_without_pytorch_or_a_gpu(small, monkeypatch):
