@@ -22,11 +22,12 @@ from sbncore.cpu.channels import (
 )
 from sbncore.cpu.compiled import jit
 from sbncore.cpu.elements import cast, zero
-from sbncore.cpu.lanes import LANES, aligned, claim, fence
-from sbncore.cpu.rows import add_row, normalize_row, repair_row, sum_of, sums_row
+from sbncore.cpu.lanes import LANES, aligned, claim, fence, load_lanes, store_lanes
+from sbncore.cpu.rows import add_row, normalize_row, repair_row, sum_of, sums_row, sums_vector
 
 FLUSH = 64  # samples that are summed in float32
 AHEAD = 128  # elements: how long before they are summed scattered runs are fetched
+WORTH = 100  # elements of short maps that are read twice in the time that the repair of one run takes
 
 
 @jit()
@@ -51,8 +52,8 @@ def spell(rows, k, values, c0, c1, S):
 
 @jit()
 def rows_of(short, x, size):
-    """Room for what is spelled out: 3 coefficients, the 2 slopes, and 2 rows of sums."""
-    return np.full((7, 0 if short is None else size), zero(x))
+    """Room for what is spelled out: 3 coefficients, the 2 slopes, 2 rows of sums, and p."""
+    return np.full((8, 0 if short is None else size), zero(x))
 
 
 @jit()
@@ -109,21 +110,28 @@ def draw_moments(values, spelled, x, begin, length, weight, weigh, short, C, S, 
         shift[c - c0] = shift_of(x, spots, c * S)
     if short is not None:
         spell(spelled, 0, shift, 0, c1 - c0, S)
-    totals, held = spelled[5:], 0  # whole samples, that are not yet in partial
+    totals, held = spelled[5:7], 0  # whole samples, that are not yet in partial
     for r in range(len(begin)):
         n = begin[r] // S
         p = weight[r] * weigh
-        if short is not None and length[r] == S:
-            o = (n * C + c0) * S
-            add_row(
-                (totals[0], totals[1]), None, x, None, 0, o, o + m, spelled[0, :m], None, None, None, C * S
-            )
+        whole, ahead = length[r] == S, S * (1 + AHEAD // length[r])
+        if short is not None and (whole or length[r] < LANES <= S):
+            size = S if whole else LANES  # of a channel's totals
+            if whole:
+                o = (n * C + c0) * S
+                add_row(
+                    (totals[0], totals[1]), None, x, None, 0, o, o + m, spelled[0, :m], None, None, None,
+                    C * S,
+                )  # fmt: skip
+            else:
+                add_places(totals, x, begin[r] + (n * (C - 1) + c0) * S, length[r], shift, ahead, S)
             held += 1
-            if held == FLUSH or r == len(begin) - 1 or length[r + 1] < S or weight[r + 1] != weight[r]:
-                flush(partial, totals, p, c1 - c0, S)
+            if held == FLUSH or r == len(begin) - 1 or weight[r + 1] != weight[r] or (
+                length[r + 1] < S if whole else length[r + 1] >= LANES
+            ):
+                flush(partial, totals, p, c1 - c0, size)
                 held = 0
             continue
-        ahead = S * (1 + AHEAD // length[r])
         for c in range(c0, c1):
             o = begin[r] + (n * (C - 1) + c) * S
             a, b = sums_row(
@@ -133,6 +141,19 @@ def draw_moments(values, spelled, x, begin, length, weight, weigh, short, C, S, 
             partial[0, 0, c - c0] += p * a
             partial[1, 0, c - c0] += p * b
     finish_moments(values[:, c0:c1], partial, shift)
+
+
+@jit()
+def add_places(totals, x, o, length, shift, ahead, S):
+    """Add a few places of every channel to a vector of totals each: sums of each alone take twice as long."""
+    first, second, keep = totals[0], totals[1], (0, length)
+    for c in range(len(shift)):
+        i = c * LANES
+        g, product = sums_vector(
+            None, None, None, x, None, o + c * S, 0, cast(x, shift[c]), None, None, None, False, ahead, keep
+        )
+        store_lanes(first, i, load_lanes(first, i, None) + g, None, None)
+        store_lanes(second, i, load_lanes(second, i, None) + product, None, None)
 
 
 @jit()
@@ -149,10 +170,11 @@ def backward(
     if dx is not None or dresidual is not None:
         stream = stream and aligned(dx) and aligned(dresidual)
     writes = (dx is not None or dresidual is not None) and scale >= 0
-    dense = full and repairs and writes
+    # all is written in a second pass, which finds the block in a cache
+    dense = repairs and writes and (full or (short is not None and N * S < WORTH * len(begin)))
     sums = np.zeros((2, 1, group))
     spelled = rows_of(short, x, group * S)
-    totals = spelled[5:]
+    totals = spelled[5:7]
     while True:
         c0 = claim(counter) * group
         if c0 >= C:
@@ -199,14 +221,17 @@ def backward(
         if repairs:
             slopes = slopes_of(total, values, c0, c1)
             if dense:
-                p = cast(x, weight[0])
+                r = 0
                 if short is not None:
                     for k in range(2):
                         spell(spelled, 3 + k, slopes[k], 0, c1 - c0, S)
+                    spelled[7, :m] = weight[0] if full else 0
                 for n in range(N):
+                    if short is not None and not full:
+                        r = spell_weights(spelled[7, :m], begin, length, weight, r, n, c1 - c0, S)
                     write_segment(
-                        dx, dresidual, dy, x, mask, values, spelled, n, c0, c1, slopes, p, relu, short,
-                        stream, C, S,
+                        dx, dresidual, dy, x, mask, values, spelled, n, c0, c1, slopes, cast(x, weight[0]),
+                        relu, short, stream, C, S,
                     )  # fmt: skip
             else:
                 for r in range(len(begin)):
@@ -249,10 +274,23 @@ def flush(sums, totals, p, channels, S):
 
 
 @jit()
+def spell_weights(row, begin, length, weight, r, n, channels, S):
+    """row = p of sample n for every element of a segment, from run r on; return the next sample's first."""
+    row[:] = 0
+    while r < len(begin) and begin[r] < (n + 1) * S:
+        first, p = begin[r] - n * S, cast(row, weight[r])
+        for c in range(channels):
+            for i in range(c * S + first, c * S + first + length[r]):
+                row[i] = p
+        r += 1
+    return r
+
+
+@jit()
 def write_segment(
     dx, dresidual, dy, x, mask, values, spelled, n, c0, c1, slopes, p, relu, short, stream, C, S
 ):  # fmt: skip
-    """`repair_row` over a segment; without slopes all of p is 0."""
+    """`repair_row` over a segment, p spelled out where maps are short; without slopes all of it is 0."""
     if short is not None:
         o, m = (n * C + c0) * S, (c1 - c0) * S
         w = words_at(n, c0, C, S)
@@ -263,10 +301,10 @@ def write_segment(
                 C * S,
             )  # fmt: skip
         else:
-            k0, k1 = spelled[3, :m], spelled[4, :m]
             repair_row(
-                dx, dresidual, dy, x, mask, w, o, o + m, shift, scale, offset, k0, k1, p, relu, stream, C * S
-            )
+                dx, dresidual, dy, x, mask, w, o, o + m, shift, scale, offset, spelled[3, :m],
+                spelled[4, :m], spelled[7, :m], relu, stream, C * S,
+            )  # fmt: skip
     else:
         for c in range(c0, c1):
             o, w = (n * C + c) * S, words_at(n, c, C, S)

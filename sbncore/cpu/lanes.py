@@ -81,8 +81,10 @@ _SUFFIX = {I16: "i16", FLOAT: "f32", DOUBLE: "f64"}
 
 
 def _within(builder: Any, keep: Any) -> Any:
-    lanes = ir.Constant(ir.VectorType(I64, LANES), [ir.Constant(I64, k) for k in range(LANES)])
-    first, end = (_splat(builder, builder.extract_value(keep, k)) for k in range(2))
+    # of 32 bits: half as many comparisons
+    lanes = ir.Constant(ir.VectorType(I32, LANES), [ir.Constant(I32, k) for k in range(LANES)])
+    ends = (builder.trunc(builder.extract_value(keep, k), I32) for k in range(2))
+    first, end = (_splat(builder, each) for each in ends)
     begun = builder.icmp_signed(">=", lanes, first)
     return builder.and_(begun, builder.icmp_signed("<", lanes, end))
 

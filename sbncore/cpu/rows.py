@@ -176,7 +176,7 @@ def repair_vector(
     if dx is not None:
         d = g * at(scale, i, keep)
         if k0 is not None:
-            d = d - at(p, i, None) * (at(k0, i, keep) + deviation * at(k1, i, keep))
+            d = d - at(p, i, keep) * (at(k0, i, keep) + deviation * at(k1, i, keep))
         store_lanes(dx, v, d, keep, stream)
     if dresidual is not None:
         store_lanes(dresidual, v, g, keep, stream)
