@@ -152,3 +152,27 @@ def test_halves_are_rounded_to_nearest_even_with_all_their_values(dtype):
 def test_phases_and_the_callers_memory(rng, dtype, sampler):
     for last, relu, add in itertools.product([False, True], repeat=3):
         product.run_in_phases(rng, dtype, (8, 4, 3, 8), product.SAMPLERS[sampler], last, relu, add)
+
+
+@pytest.mark.parametrize("gradient", ["exact", "sampled"])
+@pytest.mark.parametrize("side", [3, 4, 7, 11])
+def test_few_places_of_many_short_maps(rng, gradient, side):
+    """More samples than are summed in float32, whole ones and few places by turns, and a second pass."""
+    shape = 150, 37, side, side
+    x, dy, residual = (rng.normal(2, 3, shape).astype(np.float32) for _ in range(3))
+    weight, bias = rng.normal(size=(2, 37)).astype(np.float32)
+    few = sbn.FeatureSampling(5, "runs")
+    for sampler in (few, sbn.FeatureSampling(5), sbn.Mixture([(0.3, sbn.BatchSampling(9)), (0.7, few)])):
+        plan = sampler.plan(shape, step=3)
+        y_true, truth = reference.forward(
+            x, weight, bias, p=plan.weights(), activation="relu", residual=residual
+        )
+        far = np.where(np.abs(truth.z) < 1e-3, 0, dy).astype(np.float32)
+        true = reference.backward(far, truth, gradient)
+        y, saved = sbn.forward(
+            x, weight, bias, plan=plan, activation="relu", residual=residual, gradient=gradient
+        )
+        grads = sbn.backward(far, saved)
+        assert error(y, y_true) <= TOLERANCE["float32"]
+        for name in ("x", "weight", "bias", "residual"):
+            assert error(getattr(grads, name), true[name]) <= TOLERANCE["float32"]
