@@ -1,19 +1,19 @@
-"""What is computed for each channel between the kernels, compiled: NumPy takes longer than small arrays do.
+"""What is computed for each channel between the passes.
 
 ``values`` is what forward keeps, (6, C) in float64: mean, var, rstd, shift, scale, offset, the last three as
-rounded to the type of the arithmetic. For channels-last rows coefficients come in that type, ``tile`` times
-over. A parameter that is absent is an array of length 0.
+rounded to the type of the arithmetic. ``sums`` are of some channels, (2, channels) in float64. A parameter that
+is absent is an array of length 0.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from sbncore.cpu.compiled import jit
+from sbncore.cpu.compiled import inner
 from sbncore.cpu.elements import cast, load, store, zero
 
 
-@jit()
+@inner()
 def cut(begin, length, weight, longest):
     """Runs joined where one follows the other, then cut to ``longest``; and their places."""
     heads, places = np.empty(len(begin) + 1, np.int64), 0
@@ -42,7 +42,7 @@ def cut(begin, length, weight, longest):
     return out_begin, out_length, out_weight, places
 
 
-@jit()
+@inner()
 def spots_of(begin, length, C, S, last):
     """Where the first channel's values are of which its shift is made: a few, far apart."""
     spots = np.empty(min(16, len(begin)), np.int64)
@@ -53,7 +53,7 @@ def spots_of(begin, length, C, S, last):
     return spots
 
 
-@jit()
+@inner()
 def shift_of(x, spots, channel):
     """The mean of a few values of the channel that is ``channel`` elements behind the first.
 
@@ -65,31 +65,20 @@ def shift_of(x, spots, channel):
     return shift
 
 
-@jit()
-def shifts(x, begin, length, C, S, tile):
-    """Every channel's shift, for channels-last rows."""
-    shift = np.full((1, tile * C), zero(x))
-    spots = spots_of(begin, length, C, S, True)
-    for c in range(C):
-        shift[0, c] = shift_of(x, spots, c)
-    repeat(shift, C)
-    return shift[0]
+@inner()
+def finish_moments(values, sums, c0, c1):
+    """values[0], values[1] = mean and var of channels c0 .. c1-1, from weighted sums of x - shift and its square.
 
-
-@jit()
-def finish_moments(values, partial, shift):
-    """values[0], values[1] = mean and var, from the blocks' weighted sums of x - shift and its square."""
-    for c in range(values.shape[1]):
-        first, second = 0.0, 0.0
-        for b in range(partial.shape[1]):
-            first += partial[0, b, c]
-            second += partial[1, b, c]
+    The shift is in values[3].
+    """
+    for c in range(c0, c1):
+        first, second = sums[0, c - c0], sums[1, c - c0]
         var = second - first * first
-        values[0, c] = shift[c] + first
+        values[0, c] = values[3, c] + first
         values[1, c] = 0.0 if var < 0 else var
 
 
-@jit(error_model="numpy")
+@inner()
 def finish_forward(values, x, parameters, c0, c1):
     """Mix the moments of channels c0 .. c1-1 with the prior, move the running statistics, fill in values."""
     (
@@ -121,26 +110,11 @@ def finish_forward(values, x, parameters, c0, c1):
             store(running_var, c, cast(running_var, before + factor * (unbiased * var - before)))
 
 
-@jit()
-def coefficients(values, x, tile):
-    """The coefficients that forward left in values."""
-    C = values.shape[1]
-    out = np.full((3, tile * C), zero(x))
-    for k in range(3):
-        for c in range(C):
-            out[k, c] = values[3 + k, c]
-    repeat(out, C)
-    return out[0], out[1], out[2]
-
-
-@jit()
-def finish_backward(total, partial, values, dweight, dbias, c0, c1):
-    """total = dbias and dweight of channels c0 .. c1-1, from the blocks' sums of g and g * (x - shift)."""
+@inner()
+def finish_backward(total, sums, values, dweight, dbias, c0, c1):
+    """total = dbias and dweight of channels c0 .. c1-1, from the sums of g and g * (x - shift)."""
     for c in range(c0, c1):
-        first, second = 0.0, 0.0
-        for b in range(partial.shape[1]):
-            first += partial[0, b, c - c0]
-            second += partial[1, b, c - c0]
+        first, second = sums[0, c - c0], sums[1, c - c0]
         rounding = values[0, c] - values[3, c]
         total[0, c], total[1, c] = first, (second - rounding * first) * values[2, c]
         if len(dbias) > 0:
@@ -149,30 +123,12 @@ def finish_backward(total, partial, values, dweight, dbias, c0, c1):
             store(dweight, c, cast(dweight, total[1, c]))
 
 
-@jit()
-def slopes_of(total, values, c0, c1):
-    """k0 and k1 of the repair: scale * (dbias - (mean - shift) * rstd * dweight), scale * rstd * dweight."""
+@inner()
+def slopes_of(total, values, p, c0, c1):
+    """p times k0 and k1: scale * (dbias - (mean - shift) * rstd * dweight), scale * rstd * dweight."""
     out = np.empty((2, c1 - c0))
     for c in range(c0, c1):
         k1 = values[4, c] * values[2, c] * total[1, c]
-        out[0, c - c0] = values[4, c] * total[0, c] - k1 * (values[0, c] - values[3, c])
-        out[1, c - c0] = k1
+        out[0, c - c0] = p * (values[4, c] * total[0, c] - k1 * (values[0, c] - values[3, c]))
+        out[1, c - c0] = p * k1
     return out
-
-
-@jit()
-def slopes(total, values, x, tile):
-    """`slopes_of` all channels, for channels-last rows."""
-    C = values.shape[1]
-    out = np.full((2, tile * C), zero(x))
-    out[:, :C] = slopes_of(total, values, 0, C)
-    repeat(out, C)
-    return out[0], out[1]
-
-
-@jit()
-def repeat(rows, C):
-    """Fill rows with their first C elements, over and over."""
-    for k in range(rows.shape[0]):
-        for i in range(C, rows.shape[1]):
-            rows[k, i] = rows[k, i - C]

@@ -1,111 +1,266 @@
-"""The kernels over channels-last memory, (N, S, C): each one pass over runs of places.
+"""The kernels over channels-last memory, (N, S, C): a call in three phases, between which threads wait.
 
-A row is all channels of ``tile`` consecutive places, with coefficients repeated ``tile`` times, so that a few
-channels still make a long row. A task is a block of the runs and writes places, or a row of the partial sums,
-of its own; the blocks depend on the shape alone, so results do not depend on the threads. Sums are float32
-(float64 for float64) within a run, float64 beyond. A mask's bit e is element e's; the rows that write it
-begin at whole words.
+The passes over places, the sums of blocks of channels with what is computed of them, and the pass over places
+that follows from that. A row is all channels of ``tile`` consecutive places, with coefficients repeated
+``tile`` times, so that a few channels still make a long row, of whole vectors. A task writes places, or a row of the partial sums, of its own; what
+a task is depends on the shape alone, so results do not depend on the threads. Sums are float32 (float64 for
+float64) within a piece, float64 beyond. A mask's bit e is element e's.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from sbncore.cpu.compiled import jit
-from sbncore.cpu.lanes import aligned, claim, fence
-from sbncore.cpu.rows import add_row, normalize_row, repair_row
+from sbncore.cpu.channels import (
+    cut,
+    finish_backward,
+    finish_forward,
+    finish_moments,
+    shift_of,
+    slopes_of,
+    spots_of,
+)
+from sbncore.cpu.channels_first import clear
+from sbncore.cpu.compiled import inner, jit
+from sbncore.cpu.elements import cast, zero
+from sbncore.cpu.lanes import (
+    DONE,
+    FINISHED,
+    FIRST,
+    LAST,
+    SECOND,
+    THIRD,
+    WRITTEN,
+    aligned,
+    claim,
+    fence,
+    wait,
+)
+from sbncore.cpu.rows import NEAR, add_row, normalize_row, repair_row
+
+BLOCK = 128  # channels whose sums are a task
+GROUPS = 32  # of runs, that are tasks
 
 
 @jit()
-def block(count, blocks, t):
-    """The t-th of nearly equal blocks of 0 .. count-1."""
-    return count * t // blocks, count * (t + 1) // blocks
+def most_tasks(runs):
+    """How many tasks the sums over so many runs are."""
+    return min(runs, GROUPS)
 
 
 @jit()
-def sums(
-    partial, dx, dresidual, dy, x, mask, shift, scale, offset, begin, length, weight, relu, stream, C, tile,
-    tasks, counter,
+def forward(
+    y, mask, x, residual, values, parameters, partial, begin, length, weight, weigh, relu, stream, N, C, S,
+    tile, piece, span, counters,
 ):  # fmt: skip
-    """partial[:, task] = weighted sums of g and g * (x - shift); dx = scale * g, dresidual = g where given.
-
-    Reads dy and x, writes dx and dresidual (past the caches if ``stream``), once, in the given runs. As
-    ``g = x - shift`` (no dy), the sums are the first two moments about shift.
-    """
-    writes = dx is not None or dresidual is not None
-    stream = stream and aligned(dx) and aligned(dresidual)
-    totals = np.zeros((2, tile * C), shift.dtype)
-    both = totals[0], totals[1]
+    """As `sbncore.cpu.channels_first.forward`."""
+    if y is not None:
+        stream = stream and aligned(y)
+    sums, rows = np.empty((2, BLOCK)), np.full((5, tile * C), zero(x))
+    tasks = most_tasks(len(begin))
+    if tasks > 0:
+        shift, spots = rows[0], spots_of(begin, length, C, S, True)
+        for c in range(C):
+            shift[c] = shift_of(x, spots, c)
+        repeat(shift, C)
+        add_runs(
+            partial, rows, None, x, None, shift, shift, shift, begin, length, weight, weigh, None, C, tile,
+            piece, counters,
+        )  # fmt: skip
+        wait(counters, DONE, tasks)
     while True:
-        t = claim(counter)
+        c0 = claim(counters, SECOND) * BLOCK
+        if c0 >= C:
+            break
+        c1 = min(C, c0 + BLOCK)
+        collect(sums, partial, tasks, c0, c1)
+        for c in range(c0, c1):
+            values[3, c] = rows[0, c]
+        finish_moments(values, sums, c0, c1)
+        finish_forward(values, x, parameters, c0, c1)
+        claim(counters, FINISHED)
+    wait(counters, FINISHED, (C + BLOCK - 1) // BLOCK)
+    if y is not None:
+        shift, scale, offset = coefficients_in(rows, values, C)
+        while True:
+            p0 = claim(counters, THIRD) * span
+            if p0 >= N * S:
+                break
+            end = min(N * S, p0 + span) * C
+            for o in range(p0 * C, end, tile * C):
+                normalize_row(
+                    y, mask, x, residual, 0, o, min(o + tile * C, end), shift, scale, offset, relu, stream, NEAR
+                )
+    if stream:
+        fence()
+
+
+@inner()
+def repeat(row, C):
+    """Fill a row with its first C elements, over and over."""
+    for i in range(C, len(row)):
+        row[i] = row[i - C]
+
+
+@inner()
+def coefficients_in(rows, values, C):
+    """The first three rows, filled with shift, scale and offset."""
+    for k in range(3):
+        for c in range(C):
+            rows[k, c] = values[3 + k, c]
+        repeat(rows[k], C)
+    return rows[0], rows[1], rows[2]
+
+
+@inner()
+def collect(sums, partial, tasks, c0, c1):
+    """The sums of channels c0 .. c1-1, of all tasks' partial ones."""
+    clear(sums)
+    for t in range(tasks):
+        for k in range(2):
+            for c in range(c0, c1):
+                sums[k, c - c0] += partial[k, t, c]
+
+
+@inner()
+def add_runs(
+    partial, rows, dy, x, mask, shift, scale, offset, begin, length, weight, times, relu, C, tile, piece,
+    counters,
+):  # fmt: skip
+    """partial[:, task] = the weighted sums of g and g * (x - shift) over the runs, times ``times``."""
+    tasks = most_tasks(len(begin))
+    begin, length, weight, places = cut(begin, length, weight, piece)
+    while True:
+        t = claim(counters, FIRST)
         if t >= tasks:
             break
-        r0, r1 = block(len(begin), tasks, t)
+        for k in range(2):
+            for c in range(C):
+                partial[k, t, c] = 0
+        held = 0
+        r0, r1 = len(begin) * t // tasks, len(begin) * (t + 1) // tasks
         for r in range(r0, r1):
-            for p in range(0, length[r], tile):
-                row = begin[r] + p
-                o, m = row * C, min(tile, length[r] - p) * C
-                add_row(both, dy, x, mask, 0, o, o + m, shift, scale, offset, relu, m)
-                if writes:
-                    repair_row(
-                        dx, dresidual, dy, x, mask, 0, o, o + m, shift, scale, offset, None, None, None, relu,
-                        stream, 0,
-                    )  # fmt: skip
-            for i in range(min(tile, length[r])):
-                for c in range(C):
-                    partial[0, t, c] += weight[r] * totals[0, i * C + c]
-                    partial[1, t, c] += weight[r] * totals[1, i * C + c]
-            totals[:] = 0
+            add_places(
+                rows, None, None, dy, x, mask, shift, scale, offset, begin[r], begin[r] + length[r], relu, False,
+                C, tile,
+            )  # fmt: skip
+            held += length[r]
+            if r == r1 - 1 or held + length[r + 1] > piece or weight[r + 1] != weight[r]:
+                flush(partial, t, rows, weight[r] * times, C, tile)
+                held = 0
+        claim(counters, DONE)
+
+
+@inner()
+def add_places(rows, dx, dresidual, dy, x, mask, shift, scale, offset, p0, p1, relu, stream, C, tile):
+    """Add g and g * (x - shift) of some places to the last two rows; dx = scale * g, dresidual = g where given."""
+    for o in range(p0 * C, p1 * C, tile * C):
+        add_row(
+            (rows[3], rows[4]), dx, dresidual, dy, x, mask, o, min(o + tile * C, p1 * C), shift, scale, offset,
+            relu, stream, NEAR,
+        )  # fmt: skip
+
+
+@inner()
+def flush(partial, t, rows, p, C, tile):
+    """Add p times the last two rows to a task's partial sums, and begin anew."""
+    for k in range(2):
+        for j in range(tile):
+            for c in range(C):
+                partial[k, t, c] += p * rows[3 + k, j * C + c]
+                rows[3 + k, j * C + c] = 0
+
+
+@jit()
+def backward(
+    dx, dresidual, dy, x, mask, values, total, partial, dweight, dbias, begin, length, weight, scale, full,
+    repairs, relu, sampled, stream, N, C, S, tile, piece, span, counters,
+):  # fmt: skip
+    """As `sbncore.cpu.channels_first.backward`."""
+    writes = dx is not None or dresidual is not None
+    if writes:
+        stream = stream and aligned(dx) and aligned(dresidual)
+    dense = writes and repairs and full  # all is written behind the sums
+    sums, rows = np.empty((2, BLOCK)), np.full((5, tile * C), zero(x))
+    shift, times, offset = coefficients_in(rows, values, C)
+    if scale >= 0:
+        if sampled is not None:
+            tasks = most_tasks(len(begin))
+            add_runs(
+                partial, rows, dy, x, mask, shift, times, offset, begin, length, weight, scale, relu, C, tile,
+                piece, counters,
+            )  # fmt: skip
+        else:
+            tasks = (N * S + span - 1) // span
+            while True:
+                t = claim(counters, FIRST)
+                if t >= tasks:
+                    break
+                for k in range(2):
+                    for c in range(C):
+                        partial[k, t, c] = 0
+                last = min(N * S, (t + 1) * span)
+                for p in range(t * span, last, piece):
+                    q = min(last, p + piece)
+                    if dense:
+                        add_places(
+                            rows, None, None, dy, x, mask, shift, times, offset, p, q, relu, False, C, tile
+                        )
+                    else:
+                        add_places(
+                            rows, dx, dresidual, dy, x, mask, shift, times, offset, p, q, relu, stream, C, tile
+                        )
+                    flush(partial, t, rows, 1.0, C, tile)
+                claim(counters, DONE)
+        wait(counters, DONE, tasks)
+        while True:
+            c0 = claim(counters, SECOND) * BLOCK
+            if c0 >= C:
+                break
+            c1 = min(C, c0 + BLOCK)
+            collect(sums, partial, tasks, c0, c1)
+            finish_backward(total, sums, values, dweight, dbias, c0, c1)
+            claim(counters, FINISHED)
+        wait(counters, FINISHED, (C + BLOCK - 1) // BLOCK)
+    slopes = slopes_of(total, values, 1.0, 0, C)
+    k0, k1 = rows[3], rows[4]
+    for c in range(C):
+        k0[c], k1[c] = slopes[0, c], slopes[1, c]
+    repeat(k0, C)
+    repeat(k1, C)
+    if dense or (sampled is not None and writes):
+        while True:
+            p0 = claim(counters, THIRD) * span
+            if p0 >= N * S:
+                break
+            p = weight[0] if dense else 0.0
+            write(
+                dx, dresidual, dy, x, mask, shift, times, offset, k0, k1, p, p0, min(N * S, p0 + span), relu,
+                stream, C, tile,
+            )  # fmt: skip
+            claim(counters, WRITTEN)
+    if dx is not None and repairs and not dense:
+        if sampled is not None:
+            wait(counters, WRITTEN, (N * S + span - 1) // span)
+        begin, length, weight, places = cut(begin, length, weight, piece)
+        while True:
+            r = claim(counters, LAST)
+            if r >= len(begin):
+                break
+            write(
+                dx, None, dy, x, mask, shift, times, offset, k0, k1, weight[r], begin[r], begin[r] + length[r],
+                relu, False, C, tile,
+            )  # fmt: skip
     if stream and writes:
         fence()
 
 
-@jit()
-def normalize(
-    y, mask, x, residual, shift, scale, offset, begin, length, relu, stream, C, tile, tasks, counter
-):  # fmt: skip
-    """y = act(z) in the given runs, and where a mask is given the bits of z > 0.
-
-    Reads x and residual, writes y, once.
-    """
-    stream = stream and aligned(y)
-    while True:
-        t = claim(counter)
-        if t >= tasks:
-            break
-        r0, r1 = block(len(begin), tasks, t)
-        for r in range(r0, r1):
-            for p in range(0, length[r], tile):
-                row = begin[r] + p
-                o, m = row * C, min(tile, length[r] - p) * C
-                normalize_row(y, mask, x, residual, 0, o, o + m, shift, scale, offset, relu, stream, m)
-    if stream:
-        fence()
-
-
-@jit()
-def repair(
-    dx, dresidual, dy, x, mask, shift, scale, offset, k0, k1, begin, length, weight, relu, stream, C, tile,
-    tasks, counter,
-):  # fmt: skip
-    """dx = scale * g - p * (k0 + k1 * (x - shift)) in the given runs; dresidual = g where given.
-
-    Reads dy and x, writes dx and dresidual, once. k0 = scale * (dbias - (mean - shift) * rstd * dweight) and
-    k1 = scale * rstd * dweight make the bracket of the exact gradient.
-    """
-    stream = stream and aligned(dx) and aligned(dresidual)
-    while True:
-        t = claim(counter)
-        if t >= tasks:
-            break
-        r0, r1 = block(len(begin), tasks, t)
-        for r in range(r0, r1):
-            for p in range(0, length[r], tile):
-                row = begin[r] + p
-                o, m = row * C, min(tile, length[r] - p) * C
-                repair_row(
-                    dx, dresidual, dy, x, mask, 0, o, o + m, shift, scale, offset, k0, k1, weight[r], relu,
-                    stream, m,
-                )  # fmt: skip
-    if stream:
-        fence()
+@inner()
+def write(dx, dresidual, dy, x, mask, shift, scale, offset, k0, k1, p, p0, p1, relu, stream, C, tile):
+    """dx = scale * g - p * (k0 + k1 * (x - shift)), dresidual = g, of some places."""
+    p = cast(x, p)
+    for o in range(p0 * C, p1 * C, tile * C):
+        repair_row(
+            dx, dresidual, dy, x, mask, 0, o, min(o + tile * C, p1 * C), shift, scale, offset, k0, k1, p, relu,
+            stream, NEAR,
+        )  # fmt: skip

@@ -20,12 +20,23 @@ def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     def decorate(function: Callable[..., Any]) -> Any:
         global _warned
         try:
-            return _stamped(njit(cache=True, nogil=True, **options)(function))
+            return _stamped(njit(cache=True, nogil=True, error_model="numpy", **options)(function))
         except RuntimeError:  # numba found no writable place
             if not _warned:
                 warnings.warn("sbncore: no writable Numba cache, kernels compile anew", stacklevel=2)
             _warned = True
-            return njit(nogil=True, **options)(function)
+            return njit(nogil=True, error_model="numpy", **options)(function)
+
+    return decorate
+
+
+def inner(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Compile as a part of the kernels that call it: without an entry from Python, and kept with them."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        return njit(
+            nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, **options
+        )(function)  # fmt: skip
 
     return decorate
 

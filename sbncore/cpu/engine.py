@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sbncore.cpu import channels, channels_first, channels_last, threads
+from sbncore.cpu import channels, channels_first, channels_last, short_maps, threads
 from sbncore.cpu.lanes import LANES
 from sbncore.layout import Layout
 from sbncore.plans import Runs
 
-SHORT = 256  # elements of a map from which on it is a row of its own
 SEGMENT, SHORT_SEGMENT = 16384, 2048  # elements of a sample that a task goes over at once, channels-first
+SPREAD = 512  # elements of a channel worth summing up
 TILE = 256  # elements of the shortest channels-last row worth a loop
 RUN = 16384  # elements of a channels-last run, which is summed in float32
 PLACES = 64  # of such a run at least: what flushing its sums is shared among
@@ -46,24 +46,36 @@ KEPT = 3  # times larger is an output that is streamed: a forward has fewer arra
 
 
 class Cut(NamedTuple):
-    """How channels-first memory is cut: by the shape alone."""
+    """How channels-first memory is cut: by the shape alone. Segments are whole vectors, or whole samples."""
 
-    short: bool | None  # True or None, as the kernels take it
-    group: int  # channels of a task
+    short: bool  # maps
+    block: int  # channels of a task over all samples
+    sweep: int  # channels of a sweep's task
+    spread: int  # samples of a sweep's task
     tasks: int
     elements: int
+
+    def run(self, short: Any, long: Any, arguments: tuple[Any, ...]) -> None:
+        """Call the kernel for short maps or for long ones."""
+        parallel = _parallel(self.elements)
+        if self.short:
+            threads.run(short, self.tasks, parallel, *arguments, self.block)
+        else:
+            threads.run(long, self.tasks, parallel, *arguments, self.block, self.sweep, self.spread)
 
 
 @lru_cache(maxsize=1024)
 def cut_first(layout: Layout) -> Cut:
     """Return the cut of a channels-first layout."""
     N, C, S = layout.N, layout.C, layout.S
-    short = S < SHORT
-    tasks = max(1, min(TASKS // 4, C, N * C * S // TASK))
-    group = max(1, min(-(-(SHORT_SEGMENT if short else SEGMENT) // S), -(-C // tasks)))
-    if short and C > _even(S):  # coefficients, spelled out, are whole vectors
-        group = _multiple(group, _even(S))
-    return Cut(short or None, group, -(-C // group), N * C * S)
+    short, even = S < LANES, _even(S)
+    wanted = max(1, min(TASKS // 4, C, N * C * S // TASK))
+    segment = -(-(SHORT_SEGMENT if short else SEGMENT) // S)
+    block, sweep = min(segment, -(-C // wanted)), min(segment, C)
+    block, sweep = (max(1, min(C, _multiple(size, even))) for size in (block, sweep))
+    spread = max(1, -(-SPREAD // S), SEGMENT // (sweep * S))
+    tasks = max(-(-C // block), 1 if short else -(-C // sweep) * -(-N // spread))
+    return Cut(short, block, sweep, spread, tasks, N * C * S)
 
 
 def _parallel(elements: int) -> bool:
@@ -80,38 +92,24 @@ def _multiple(value: int, of: int) -> int:
     return -(-value // of) * of
 
 
-class Work(NamedTuple):
-    """How work over runs of channels-last memory is cut into rows and tasks, by the shape alone."""
+class Strips(NamedTuple):
+    """How channels-last memory is cut into tasks, of so many places each: by the shape alone."""
 
-    begin: np.ndarray
-    length: np.ndarray
-    weight: np.ndarray
-    tile: int
+    tile: int  # places of a row
+    piece: int  # places that are summed in float32
+    span: int  # places of a task
     tasks: int
     elements: int
 
-    def run(self, kernel: Any, C: int, *arguments: Any) -> None:
-        """Call a kernel over all tasks."""
-        threads.run(kernel, self.tasks, _parallel(self.elements), *arguments, C, self.tile, self.tasks)
-
-
-def work_at(layout: Layout, runs: Runs, masked: bool) -> Work:
-    """Return the work over runs of places."""
-    C = layout.C
-    tile = max(1, TILE // C)
-    if masked:
-        tile = _multiple(tile, _even(C))  # no two rows write bits of one word
-    longest = max(PLACES, RUN // C) // tile * tile
-    begin, length, weight, places = channels.cut(*runs, longest)
-    tasks = min(TASKS, max(1, places * C // TASK), max(1, len(begin)))
-    return Work(begin, length, weight, tile, tasks, places * C)
-
 
 @lru_cache(maxsize=1024)
-def work_everywhere(layout: Layout, masked: bool) -> Work:
-    """Return the work over all places, each of weight 1."""
-    begin = np.arange(layout.N, dtype=np.int64) * layout.S
-    return work_at(layout, Runs(begin, np.full(layout.N, layout.S), np.ones(layout.N)), masked)
+def cut_last(layout: Layout) -> Strips:
+    """Return the cut of a channels-last layout: rows of whole vectors, so that no two write bits of one word."""
+    C, places = layout.C, layout.N * layout.S
+    tile = max(1, _multiple(max(1, TILE // max(1, C)), _even(C)))
+    piece = _multiple(max(PLACES, RUN // max(1, C)), tile)
+    span = _multiple(max(-(-places // TASKS), -(-TASK // max(1, C))), tile)
+    return Strips(tile, piece, span, -(-places // span), places * C)
 
 
 def forward(
@@ -133,32 +131,16 @@ def forward(
     """
     stream = y is not None and _streams(y, layout, KEPT * STREAM)
     if not layout.last:
-        cut = cut_first(layout)
-        threads.run(
-            channels_first.forward, cut.tasks, _parallel(cut.elements), y, mask, x, residual, values,
-            parameters, *runs, weigh, relu or None, cut.short, stream, layout.N, layout.C, layout.S,
-            cut.group,
-        )  # fmt: skip
+        cut, sizes = cut_first(layout), (layout.N, layout.C, layout.S)
+        arguments = y, mask, x, residual, values, parameters, *runs, weigh, relu or None, stream, *sizes
+        cut.run(short_maps.forward, channels_first.forward, arguments)
         return
-    C = layout.C
-    everywhere = work_everywhere(layout, mask is not None)
-    values[:2] = 0
-    if len(runs.begin):
-        work = work_at(layout, runs, False)
-        shift = channels.shifts(x, work.begin, work.length, C, layout.S, work.tile)
-        partial = np.zeros((2, work.tasks, C))
-        work.run(
-            channels_last.sums, C, partial, None, None, None, x, None, shift, shift, shift, work.begin,
-            work.length, work.weight * weigh, None, False,
-        )  # fmt: skip
-        channels.finish_moments(values, partial, shift)
-    channels.finish_forward(values, x, parameters, 0, C)
-    if y is not None:
-        coefficients = channels.coefficients(values, x, everywhere.tile)
-        everywhere.run(
-            channels_last.normalize, C, y, mask, x, residual, *coefficients, everywhere.begin,
-            everywhere.length, relu or None, stream,
-        )  # fmt: skip
+    cut = cut_last(layout)
+    partial = np.empty((2, channels_last.most_tasks.py_func(len(runs.begin)), layout.C))
+    threads.run(
+        channels_last.forward, cut.tasks, _parallel(cut.elements), y, mask, x, residual, values, parameters,
+        partial, *runs, weigh, relu or None, stream, layout.N, layout.C, layout.S, *cut[:3],
+    )  # fmt: skip
 
 
 def backward(
@@ -188,54 +170,33 @@ def backward(
     """
     stream = _streams(x, layout, STREAM)
     repairs = dx is not None and len(runs.begin) > 0
+    sampled = True if scale > 0 else None
     if not layout.last:
-        cut = cut_first(layout)
-        threads.run(
-            channels_first.backward, cut.tasks, _parallel(cut.elements), dx, dresidual, dy, x, mask, values,
-            total, dweight, dbias, *runs, scale, full, repairs, relu or None, cut.short, stream, layout.N,
-            layout.C, layout.S, cut.group,
+        cut, sizes = cut_first(layout), (layout.N, layout.C, layout.S)
+        partial = () if cut.short else (np.empty((2, -(-layout.N // cut.spread), layout.C)),)
+        whole = () if cut.short else (full,)
+        arguments = (
+            dx, dresidual, dy, x, mask, values, total, *partial, dweight, dbias, *runs, scale, *whole, repairs,
+            relu or None, sampled, stream, *sizes,
         )  # fmt: skip
+        cut.run(short_maps.backward, channels_first.backward, arguments)
         return
-    C = layout.C
-    everywhere = work_everywhere(layout, mask is not None)
-    places = work_at(layout, runs, mask is not None)
-    coefficients = channels.coefficients(values, x, everywhere.tile)
-
-    def sums(written: tuple[Any, Any], work: Work, weight: np.ndarray) -> np.ndarray:
-        partial = np.zeros((2, work.tasks, C))
-        work.run(
-            channels_last.sums, C, partial, *written, dy, x, mask, *coefficients, work.begin, work.length,
-            weight, relu or None, stream,
-        )  # fmt: skip
-        return partial
-
-    dense = full and repairs and scale >= 0  # the repair writes everything
-    if scale >= 0:
-        written = (None, None) if dense else (dx, dresidual)
-        if scale > 0:
-            partial = sums((None, None), places, places.weight * scale)
-            if any(array is not None for array in written):
-                sums(written, everywhere, everywhere.weight)
-        else:
-            partial = sums(written, everywhere, everywhere.weight)
-        channels.finish_backward(total, partial, values, dweight, dbias, 0, C)
-    if repairs:
-        slopes = channels.slopes(total, values, x, places.tile)
-        places.run(
-            channels_last.repair, C, dx, dresidual if dense else None, dy, x, mask, *coefficients, *slopes,
-            places.begin, places.length, places.weight.astype(slopes[0].dtype), relu or None,
-            dense and stream,
-        )  # fmt: skip
+    cut = cut_last(layout)
+    partial = np.empty((2, channels_last.most_tasks.py_func(len(runs.begin)) if sampled else cut.tasks, layout.C))
+    threads.run(
+        channels_last.backward, cut.tasks, _parallel(cut.elements), dx, dresidual, dy, x, mask, values, total,
+        partial, dweight, dbias, *runs, scale, full, repairs, relu or None, sampled, stream, layout.N,
+        layout.C, layout.S, *cut[:3],
+    )  # fmt: skip
 
 
 def _streams(like: np.ndarray, layout: Layout, worth: int) -> bool:
-    """Whether outputs, worth it from so many bytes on, are streamed: not where a row's ends could not be."""
-    whole = layout.last or layout.S < SHORT or layout.S % LANES == 0
-    return like.nbytes >= worth and (whole or like.itemsize >= 4)
+    """Whether outputs, worth it from so many bytes on, are streamed: where vectors are parts of cache lines."""
+    return like.nbytes >= worth and (layout.last or layout.C * layout.S % LANES == 0)
 
 
 def mask_size(layout: Layout) -> int:
-    """Return the bytes of a mask: a bit per element, and up to 4 bytes more per map, channels-first."""
+    """Return the bytes of a mask: a bit per element, in words of 16 that no two samples share."""
     N, C, S = layout.N, layout.C, layout.S
     if layout.last:  # plain arithmetic: a compiler's symbols pass through it
         return 2 * ((N * S * C + LANES - 1) // LANES)

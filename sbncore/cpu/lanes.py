@@ -10,6 +10,7 @@ Streamed (non-temporal) stores write past the caches, without reading first what
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -20,10 +21,14 @@ from numba.core.datamodel import models
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, register_model
 
+from sbncore.cpu.compiled import inner
 from sbncore.cpu.elements import compute_type, narrow, pointer, widen
 
 LANES = 16
-STREAMED = 16  # bytes: the alignment that a streamed store needs
+STREAMED = 64  # bytes, a cache line: where an array begins whose stores are streamed, whole lines at a time
+SPINS = 1000
+FIRST, DONE, SECOND, FINISHED, THIRD, WRITTEN, LAST = range(0, 56, 8)  # a call's counters, a cache line each
+COUNTERS = 56
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 FLOAT, DOUBLE = ir.FloatType(), ir.DoubleType()
 
@@ -117,15 +122,29 @@ def load_lanes(typingctx: Any, array: Any, index: Any, keep: Any) -> tuple[Any, 
 
 @intrinsic
 def at(typingctx: Any, coefficient: Any, index: Any, keep: Any) -> tuple[Any, Callable[..., Any]]:
-    """A channel's coefficient in all lanes, or an array's from ``index`` on."""
+    """A channel's coefficient in all lanes, or an array's from ``index`` on; a vector is one already."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         if isinstance(coefficient, types.Array):
             return _load(context, builder, coefficient, *args)
-        return _splat(builder, args[0])
+        return args[0] if isinstance(coefficient, Vector) else _splat(builder, args[0])
 
-    kind = coefficient.dtype if isinstance(coefficient, types.Array) else coefficient
+    kind = coefficient.dtype if isinstance(coefficient, types.Array | Vector) else coefficient
     return Vector(kind)(coefficient, types.intp, keep), codegen
+
+
+@intrinsic
+def blend(typingctx: Any, count: Any, first: Any, second: Any) -> tuple[Any, Callable[..., Any]]:
+    """The first ``count`` lanes of one vector and the others of a second; None of two of those."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        if not isinstance(first, Vector):
+            return context.get_dummy_value()
+        lanes = ir.Constant(ir.VectorType(I32, LANES), [ir.Constant(I32, k) for k in range(LANES)])
+        bound = _splat(builder, builder.trunc(args[0], I32))
+        return builder.select(builder.icmp_signed("<", lanes, bound), args[1], args[2])
+
+    return first(types.intp, first, second), codegen
 
 
 @intrinsic
@@ -134,9 +153,8 @@ def store_lanes(
 ) -> tuple[Any, Callable[..., Any]]:
     """Round to nearest even and write as elements from ``index`` on, past the caches if ``stream``.
 
-    A streamed store of all lanes begins at a multiple of STREAMED bytes. The lanes of a part are written one
-    by one: that is quicker than a masked store, and streamed ones meet those of the next row in the CPU's
-    buffer. There are no streamed stores of 16 bits.
+    A streamed store of all lanes begins at a multiple of its own size, or of STREAMED bytes. The lanes of a
+    part are written one by one, that is quicker than a masked store, and not past the caches.
     """
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -145,7 +163,7 @@ def store_lanes(
 
         def write(what: Any, place: Any, streamed: bool) -> None:
             store = builder.store(what, builder.bitcast(place, what.type.as_pointer()))
-            store.align = STREAMED if streamed and what is value else size
+            store.align = min(STREAMED, LANES * size) if streamed else size
             if streamed:
                 store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(I32, 1)]))
 
@@ -163,9 +181,9 @@ def store_lanes(
                 lane = builder.add(begin, loop.index)
                 # atomic, or LLVM makes the loop a call of memcpy, for a few elements
                 one = builder.load_atomic(builder.gep(elements, [lane]), "monotonic", size)
-                write(one, cgutils.gep_inbounds(builder, first, lane), streamed and size >= 4)
+                write(one, cgutils.gep_inbounds(builder, first, lane), False)
 
-        if isinstance(stream, types.Boolean):
+        if isinstance(stream, types.Boolean) and not isinstance(keep, types.UniTuple):
             with builder.if_else(args[4]) as (streamed, cached):
                 with streamed:
                     write_all(True)
@@ -297,15 +315,46 @@ def total(typingctx: Any, value: Any) -> tuple[Any, Callable[..., Any]]:
 
 
 @intrinsic
-def claim(typingctx: Any, counter: Any) -> tuple[Any, Callable[..., Any]]:
-    """Count a counter up by one and return what it was: to each thread another number."""
+def claim(typingctx: Any, counters: Any, k: Any) -> tuple[Any, Callable[..., Any]]:
+    """Count counter ``k`` up by one and return what it was: to each thread another number.
+
+    What a thread wrote before is seen by those that later find the count.
+    """
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        zero = ir.Constant(context.get_value_type(types.intp), 0)
-        place = pointer(context, builder, counter, args[0], zero)
-        return builder.atomic_rmw("add", place, ir.Constant(I64, 1), "monotonic")
+        place = pointer(context, builder, counters, *args)
+        return builder.atomic_rmw("add", place, ir.Constant(I64, 1), "acq_rel")
 
-    return types.int64(counter), codegen
+    return types.int64(counters, types.intp), codegen
+
+
+@intrinsic
+def counted(typingctx: Any, counters: Any, k: Any) -> tuple[Any, Callable[..., Any]]:
+    """What counter ``k`` is now."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.load_atomic(pointer(context, builder, counters, *args), "acquire", 8)
+
+    return types.int64(counters, types.intp), codegen
+
+
+if os.name == "posix":
+    _give_way = types.ExternalFunction("sched_yield", types.int32())
+else:
+
+    @inner()
+    def _give_way():
+        return 0
+
+
+@inner()
+def wait(counters, k, count):
+    """Wait until counter ``k``, which other threads count up, has come to ``count``."""
+    spins = 0
+    while counted(counters, k) < count:
+        spins += 1
+        if spins > SPINS:  # there may be more threads than cores
+            _give_way()
 
 
 @intrinsic

@@ -19,11 +19,12 @@ Arrays that may be missing, and relu, are None or not at compile time, which pru
 
 from __future__ import annotations
 
-from sbncore.cpu.compiled import jit
+from sbncore.cpu.compiled import inner
 from sbncore.cpu.lanes import (
     LANES,
     above_zero,
     at,
+    blend,
     load_lanes,
     nothing,
     prefetch,
@@ -35,9 +36,10 @@ from sbncore.cpu.lanes import (
 )
 
 CHUNK = 4096  # elements that are summed in float32, 16 ways
+NEAR = 512  # elements: how long before they are used those of a pass are fetched
 
 
-@jit()
+@inner()
 def gradient(dy, x, mask, v, w, i, shift, scale, offset, relu, keep):
     """g, dy behind the activation, and x - shift; without a dy g is that too: its sums are the moments."""
     deviation = load_lanes(x, v, keep) - at(shift, i, keep)
@@ -52,7 +54,7 @@ def gradient(dy, x, mask, v, w, i, shift, scale, offset, relu, keep):
     return g, deviation
 
 
-@jit()
+@inner()
 def edge(o, end, k):
     """The first (k = 0) or last vector of a row that is written, and its lanes, if they are not all of it."""
     v = (o if k == 0 else end) & -LANES
@@ -60,14 +62,14 @@ def edge(o, end, k):
     return partial, v, (max(0, o - v), min(LANES, end - v))
 
 
-@jit()
+@inner()
 def fetch(a, b, v):
     if a is not None:
         prefetch(a, v)
     prefetch(b, v)
 
 
-@jit()
+@inner()
 def sums_vector(dx, dresidual, dy, x, mask, v, w, shift, scale, offset, relu, stream, ahead, keep):
     fetch(dy, x, v + ahead)
     g, deviation = gradient(dy, x, mask, v, w, 0, shift, scale, offset, relu, keep)
@@ -78,57 +80,36 @@ def sums_vector(dx, dresidual, dy, x, mask, v, w, shift, scale, offset, relu, st
     return g, g * deviation
 
 
-@jit(forceinline=True)
-def sums_row(dx, dresidual, dy, x, mask, w, o, end, shift, scale, offset, relu, stream, ahead):
-    """Return one channel's sums of g and g * (x - shift); dx = scale * g, dresidual = g where given."""
-    first, second = 0.0, 0.0
-    a, b = nothing(x), nothing(x)
-    for k in range(2):
-        partial, v, keep = edge(o, end, k)
-        if partial:
-            g, product = sums_vector(
-                dx, dresidual, dy, x, mask, v, w, shift, scale, offset, relu, stream, ahead, keep
-            )
-            a = a + g
-            b = b + product
-    chunk, whole = (o + LANES - 1) & -LANES, end & -LANES
-    while True:
-        last = min(chunk + CHUNK, whole)
-        for v in range(chunk, last, LANES):
-            g, product = sums_vector(
-                dx, dresidual, dy, x, mask, v, w, shift, scale, offset, relu, stream, ahead, None
-            )
-            a = a + g
-            b = b + product
-        first += total(a)
-        second += total(b)
-        if last >= whole:
-            break
-        chunk = last
-        a, b = nothing(x), nothing(x)
-    return first, second
-
-
-@jit()
-def add_vector(totals, dy, x, mask, v, w, i, shift, scale, offset, relu, ahead, keep):
-    fetch(None, x, v + ahead)
-    g, deviation = gradient(dy, x, mask, v, w, i, shift, scale, offset, relu, keep)
+@inner()
+def add_vector(
+    totals, dx, dresidual, dy, x, mask, v, i, shift, scale, offset, relu, stream, ahead, keep
+):  # fmt: skip
+    fetch(dy, x, v + ahead)
+    g, deviation = gradient(dy, x, mask, v, 0, i, shift, scale, offset, relu, keep)
+    if dx is not None:
+        store_lanes(dx, v, g * at(scale, i, keep), keep, stream)
+    if dresidual is not None:
+        store_lanes(dresidual, v, g, keep, stream)
     store_lanes(totals[0], i, load_lanes(totals[0], i, keep) + g, keep, None)
     store_lanes(totals[1], i, load_lanes(totals[1], i, keep) + g * deviation, keep, None)
 
 
-@jit(forceinline=True)
-def add_row(totals, dy, x, mask, w, o, end, shift, scale, offset, relu, ahead):
-    """Add each element's g and g * (x - shift) to a row of totals."""
+@inner(forceinline=True)
+def add_row(totals, dx, dresidual, dy, x, mask, o, end, shift, scale, offset, relu, stream, ahead):
+    """Add each element's g and g * (x - shift) to a row of totals; dx = scale * g, dresidual = g where given."""
     whole = o + ((end - o) & -LANES)
     for v in range(o, whole, LANES):
-        add_vector(totals, dy, x, mask, v, w, v - o, shift, scale, offset, relu, ahead, None)
+        add_vector(
+            totals, dx, dresidual, dy, x, mask, v, v - o, shift, scale, offset, relu, stream, ahead, None
+        )
     if whole < end:
         keep = 0, end - whole
-        add_vector(totals, dy, x, mask, whole, w, whole - o, shift, scale, offset, relu, ahead, keep)
+        add_vector(
+            totals, dx, dresidual, dy, x, mask, whole, whole - o, shift, scale, offset, relu, stream, ahead, keep
+        )
 
 
-@jit(forceinline=True)
+@inner(forceinline=True)
 def sum_of(array, o, end):
     """The sum of an array's elements o .. end-1, in float64."""
     result = 0.0
@@ -140,7 +121,7 @@ def sum_of(array, o, end):
     return result
 
 
-@jit()
+@inner()
 def normalize_vector(y, mask, x, residual, v, w, i, shift, scale, offset, relu, stream, ahead, keep):
     fetch(residual, x, v + ahead)
     z = (load_lanes(x, v, keep) - at(shift, i, keep)) * at(scale, i, keep) + at(offset, i, keep)
@@ -154,7 +135,7 @@ def normalize_vector(y, mask, x, residual, v, w, i, shift, scale, offset, relu, 
     store_lanes(y, v, z, keep, stream)
 
 
-@jit(forceinline=True)
+@inner(forceinline=True)
 def normalize_row(y, mask, x, residual, w, o, end, shift, scale, offset, relu, stream, ahead):
     """y = act(z), and where there is a mask the bits of z > 0."""
     for v in range((o + LANES - 1) & -LANES, end & -LANES, LANES):
@@ -167,22 +148,32 @@ def normalize_row(y, mask, x, residual, w, o, end, shift, scale, offset, relu, s
             )
 
 
-@jit()
+@inner()
 def repair_vector(
     dx, dresidual, dy, x, mask, v, w, i, shift, scale, offset, k0, k1, p, relu, stream, ahead, keep
 ):  # fmt: skip
-    fetch(None, dy, v + ahead)
+    fetch(x, dy, v + ahead)
     g, deviation = gradient(dy, x, mask, v, w, i, shift, scale, offset, relu, keep)
     if dx is not None:
         d = g * at(scale, i, keep)
         if k0 is not None:
-            d = d - at(p, i, keep) * (at(k0, i, keep) + deviation * at(k1, i, keep))
+            bend = at(k0, i, keep) + deviation * at(k1, i, keep)
+            d = d - (bend if p is None else at(p, i, keep) * bend)
         store_lanes(dx, v, d, keep, stream)
     if dresidual is not None:
         store_lanes(dresidual, v, g, keep, stream)
 
 
-@jit(forceinline=True)
+@inner()
+def repair_few(dx, dy, x, mask, v, first, end, shift, scale, offset, k0, k1, relu, ahead):
+    """`repair_vector` of lanes first .. end-1, with p in k0 and k1; the other elements are written as they are."""
+    fetch(x, dy, v + ahead)
+    g, deviation = gradient(dy, x, mask, v, 0, 0, shift, scale, offset, relu, None)
+    d, before = g * at(scale, 0, None) - (k0 + deviation * k1), load_lanes(dx, v, None)
+    store_lanes(dx, v, blend(first, before, blend(end, d, before)), None, None)
+
+
+@inner(forceinline=True)
 def repair_row(dx, dresidual, dy, x, mask, w, o, end, shift, scale, offset, k0, k1, p, relu, stream, ahead):
     """dx = scale * g - p * (k0 + k1 * (x - shift)), or scale * g without a k0; dresidual = g."""
     for v in range((o + LANES - 1) & -LANES, end & -LANES, LANES):

@@ -14,7 +14,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from sbncore.cpu import channels_first, channels_last
+from sbncore.cpu import channels_first, channels_last, short_maps
 from sbncore.cpu.compiled import jit
 
 I8P, I32 = ir.IntType(8).as_pointer(), ir.IntType(32)
@@ -49,37 +49,42 @@ def launch(
     return types.void(types.intp, types.intp, kernel, arguments), codegen
 
 
-forward_kernel, backward_kernel = channels_first.forward, channels_first.backward
-sums_kernel, normalize_kernel = channels_last.sums, channels_last.normalize
-repair_kernel = channels_last.repair
+first_forward, first_backward = channels_first.forward, channels_first.backward
+short_forward, short_backward = short_maps.forward, short_maps.backward
+last_forward, last_backward = channels_last.forward, channels_last.backward
 
 
 @jit()
 def forward(entry, threads, arguments):
-    launch(entry, threads, forward_kernel, arguments)
+    launch(entry, threads, first_forward, arguments)
 
 
 @jit()
 def backward(entry, threads, arguments):
-    launch(entry, threads, backward_kernel, arguments)
+    launch(entry, threads, first_backward, arguments)
 
 
 @jit()
-def sums(entry, threads, arguments):
-    launch(entry, threads, sums_kernel, arguments)
+def forward_short(entry, threads, arguments):
+    launch(entry, threads, short_forward, arguments)
 
 
 @jit()
-def normalize(entry, threads, arguments):
-    launch(entry, threads, normalize_kernel, arguments)
+def backward_short(entry, threads, arguments):
+    launch(entry, threads, short_backward, arguments)
 
 
 @jit()
-def repair(entry, threads, arguments):
-    launch(entry, threads, repair_kernel, arguments)
+def forward_last(entry, threads, arguments):
+    launch(entry, threads, last_forward, arguments)
+
+
+@jit()
+def backward_last(entry, threads, arguments):
+    launch(entry, threads, last_backward, arguments)
 
 
 TEAMS = {
-    forward_kernel: forward, backward_kernel: backward, sums_kernel: sums, normalize_kernel: normalize,
-    repair_kernel: repair,
+    first_forward: forward, first_backward: backward, short_forward: forward_short,
+    short_backward: backward_short, last_forward: forward_last, last_backward: backward_last,
 }  # fmt: skip

@@ -28,6 +28,8 @@ def _available() -> int:
     return os.cpu_count() or 1
 
 
+COUNTERS = 56  # as `sbncore.cpu.lanes` names them
+
 _threads = _available()
 _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
@@ -56,26 +58,26 @@ def set_num_threads(count: int) -> None:
 
 
 def run(kernel: Callable[..., None], tasks: int, parallel: bool, *arguments: Any) -> None:
-    """Call ``kernel(*arguments, counter)``, on all threads if ``parallel``; each takes tasks by counting."""
+    """Call ``kernel(*arguments, counters)``, on all threads if ``parallel``; each takes tasks by counting."""
     global _pool, _pool_size
-    counter = np.zeros(1, np.int64)
+    counters = np.zeros(COUNTERS, np.int64)
     threads = min(_threads, tasks) if parallel else 1
     if threads == 1:
-        kernel(*arguments, counter)
+        kernel(*arguments, counters)
         return
     entry = openmp()
     if entry:
         from sbncore.cpu.team import TEAMS
 
-        TEAMS[kernel](entry, threads, (*arguments, counter))
+        TEAMS[kernel](entry, threads, (*arguments, counters))
         return
     pool = _pool
     if pool is None:
         pool, _pool_size = ThreadPoolExecutor(_threads, thread_name_prefix="sbncore"), _threads
         _pool = pool
-    others = [pool.submit(kernel, *arguments, counter) for _ in range(threads - 1)]
+    others = [pool.submit(kernel, *arguments, counters) for _ in range(threads - 1)]
     try:
-        kernel(*arguments, counter)
+        kernel(*arguments, counters)
     finally:
         for other in others:  # one that has not begun by now finds no task
             if not other.cancel():

@@ -1,0 +1,158 @@
+"""One pass over a segment, channels-first: the maps of channels c0 .. c1-1 of a sample, that lie in a row.
+
+All arrays are a sample's own. Its memory is cut into vectors at the multiples of 16 from its first element on,
+and so are the segments, so that only a sample's last vector can be a part of one. Where a map ends within a
+vector, the *seam*, that takes the coefficients of both channels, blended. So maps have 16 positions or more;
+those of fewer are rows with the coefficients spelled out (`sbncore.cpu.rows`).
+
+``values`` holds the coefficients (`sbncore.cpu.channels`), in float64. The sums of a channel stay in 16 lanes,
+from one sample to the next, until they are flushed.
+"""
+
+from __future__ import annotations
+
+from numba import types
+from numba.extending import overload
+
+from sbncore.cpu.compiled import inner
+from sbncore.cpu.elements import cast
+from sbncore.cpu.lanes import LANES, at, blend, load_lanes, nothing, store_lanes, total, where
+from sbncore.cpu.rows import CHUNK, NEAR, normalize_vector, repair_vector, sums_vector
+
+
+@inner(forceinline=True)
+def coefficients_of(x, values, c):
+    """shift, scale and offset of a channel."""
+    shift, scale, offset = cast(x, values[3, c]), cast(x, values[4, c]), cast(x, values[5, c])
+    return at(shift, 0, None), at(scale, 0, None), at(offset, 0, None)
+
+
+def slopes_at(x, slopes, k):
+    """k0 and k1 of the k-th channel; None of None."""
+
+
+@overload(slopes_at, inline="always")
+def _slopes_at(x, slopes, k):
+    if isinstance(slopes, types.Array):
+        return lambda x, slopes, k: (at(cast(x, slopes[0, k]), 0, None), at(cast(x, slopes[1, k]), 0, None))
+    return lambda x, slopes, k: (None, None)
+
+
+@inner(forceinline=True)
+def blended(k, before, after):
+    """Coefficients of which the first k lanes are of one channel, the others of the next."""
+    return blend(k, before[0], after[0]), blend(k, before[1], after[1]), blend(k, before[2], after[2])
+
+
+@inner()
+def normalize_segment(y, mask, x, residual, values, c0, c1, S, relu, stream):
+    """y = act(z), and where there is a mask the bits of z > 0."""
+    ahead = NEAR if stream else 0
+    now = coefficients_of(x, values, c0)
+    v, end = c0 * S, c0 * S
+    for c in range(c0, c1):
+        end += S
+        whole = end & -LANES
+        for u in range(v, whole, LANES):
+            normalize_vector(y, mask, x, residual, u, 0, 0, now[0], now[1], now[2], relu, stream, ahead, None)
+        v = whole
+        following = coefficients_of(x, values, min(c + 1, c1 - 1))
+        if whole < end and c + 1 < c1:
+            a, b, o = blended(end - whole, now, following)
+            normalize_vector(y, mask, x, residual, v, 0, 0, a, b, o, relu, stream, ahead, None)
+            v += LANES
+        now = following
+    if v < end:
+        keep = 0, end - v
+        normalize_vector(y, mask, x, residual, v, 0, 0, now[0], now[1], now[2], relu, stream, ahead, keep)
+
+
+@inner()
+def sums_segment(
+    sums, lanes, p, flushes, dx, dresidual, dy, x, mask, values, c0, c1, S, relu, stream
+):  # fmt: skip
+    """Add g and g * (x - shift) to each channel's lanes, and if it ``flushes`` p times those to its sums.
+
+    dx = scale * g, dresidual = g where given. Without a dy g is x - shift.
+    """
+    ahead = NEAR
+    first, second = lanes[0], lanes[1]
+    now = coefficients_of(x, values, c0)
+    v, end = c0 * S, c0 * S
+    left, right = nothing(x), nothing(x)  # what a seam adds to the next channel
+    for c in range(c0, c1):
+        k = c - c0
+        a, b = load_lanes(first, k * LANES, None) + left, load_lanes(second, k * LANES, None) + right
+        left, right = nothing(x), nothing(x)
+        end += S
+        whole = end & -LANES
+        while True:
+            last = min(v + CHUNK, whole)
+            for u in range(v, last, LANES):
+                g, product = sums_vector(
+                    dx, dresidual, dy, x, mask, u, 0, now[0], now[1], now[2], relu, stream, ahead, None
+                )
+                a = a + g
+                b = b + product
+            v = last
+            if v >= whole:
+                break
+            sums[0, k] += p * total(a)
+            sums[1, k] += p * total(b)
+            a, b = nothing(x), nothing(x)
+        following = coefficients_of(x, values, min(c + 1, c1 - 1))
+        if whole < end:
+            keep = 0, end - whole
+            if c + 1 < c1:
+                blend0, blend1, blend2 = blended(end - whole, now, following)
+                g, product = sums_vector(
+                    dx, dresidual, dy, x, mask, v, 0, blend0, blend1, blend2, relu, stream, ahead, None
+                )
+                rest = end - whole, LANES
+                left, right = where(rest, g), where(rest, product)
+                g, product = where(keep, g), where(keep, product)
+                v += LANES
+            else:
+                g, product = sums_vector(
+                    dx, dresidual, dy, x, mask, v, 0, now[0], now[1], now[2], relu, stream, ahead, keep
+                )
+            a = a + g
+            b = b + product
+        now = following
+        if flushes:
+            sums[0, k] += p * total(a)
+            sums[1, k] += p * total(b)
+            a, b = nothing(x), nothing(x)
+        store_lanes(first, k * LANES, a, None, None)
+        store_lanes(second, k * LANES, b, None, None)
+
+
+@inner()
+def repair_segment(dx, dresidual, dy, x, mask, values, slopes, c0, c1, S, relu, stream):
+    """dx = scale * g - (k0 + k1 * (x - shift)), with p in the slopes k0, k1; or scale * g without; dresidual = g."""
+    ahead = NEAR if stream else 0
+    now, bent = coefficients_of(x, values, c0), slopes_at(x, slopes, 0)
+    v, end = c0 * S, c0 * S
+    for c in range(c0, c1):
+        end += S
+        whole = end & -LANES
+        for u in range(v, whole, LANES):
+            repair_vector(
+                dx, dresidual, dy, x, mask, u, 0, 0, now[0], now[1], now[2], bent[0], bent[1], None, relu,
+                stream, ahead, None,
+            )  # fmt: skip
+        v, n, k = whole, min(c + 1, c1 - 1), end - whole
+        following, bending = coefficients_of(x, values, n), slopes_at(x, slopes, n - c0)
+        if whole < end and c + 1 < c1:
+            shift, scale, offset = blended(k, now, following)
+            repair_vector(
+                dx, dresidual, dy, x, mask, v, 0, 0, shift, scale, offset, blend(k, bent[0], bending[0]),
+                blend(k, bent[1], bending[1]), None, relu, stream, ahead, None,
+            )  # fmt: skip
+            v += LANES
+        elif v < end:
+            repair_vector(
+                dx, dresidual, dy, x, mask, v, 0, 0, now[0], now[1], now[2], bent[0], bent[1], None, relu,
+                stream, ahead, (0, k),
+            )  # fmt: skip
+        now, bent = following, bending
