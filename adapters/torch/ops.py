@@ -34,6 +34,11 @@ def name_of(sampler: sbn.Sampler) -> str:
     return name
 
 
+def sampler_named(name: str) -> sbn.Sampler:
+    """Return the sampler of a name that `name_of` gave."""
+    return _samplers[name]
+
+
 def word(number: int) -> int:
     """Return an integer modulo 2**64 as the signed one of an operator's schema."""
     return (number + 2**63) % 2**64 - 2**63
@@ -122,7 +127,7 @@ def _forward(
         from sbncore.adapters.torch import quick  # Numba, which a GPU does without
 
         shape = quick.shape_of(x)
-        call = quick.call_for(shape, _samplers[sampler], relu and residual is not None)
+        call = quick.call_for(shape, sampler, relu and residual is not None)
         vectors = weight, bias, running_mean, running_var
         beside = residual is None or quick.shape_of(residual) == shape
         if call and eps > 0 and beside and call.takes(*vectors):
@@ -175,7 +180,7 @@ def _backward(
         from sbncore.adapters.torch import quick  # Numba, which a GPU does without
 
         shape = quick.shape_of(x)
-        call = quick.call_for(shape, _samplers[sampler], mask.numel() > 0)
+        call = quick.call_for(shape, sampler, mask.numel() > 0)
         if call and call.takes(weight, bias) and quick.shape_of(dy) == shape:
             return call.backward(dy, x, weight, bias, state, mask, seed, layer, relu, gradient, needs)
     wanted = [name for name, needed in zip(GRADIENTS, needs, strict=True) if needed]

@@ -6,19 +6,21 @@ everything at every call, takes whatever else there is, and gives the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import sbncore as sbn
+from sbncore.adapters.torch import ops
 from sbncore.adapters.torch.exchange import empty_like, layout_of
 from sbncore.cpu import draws, engine
 from sbncore.layout import Layout
 from sbncore.plans import Plan, Runs
 from sbncore.saved import ROWS
 
+DRAWS = 64  # layers of one shape between a forward and its backward
 BITS = {torch.float16: np.int16, torch.bfloat16: np.uint16}
 
 
@@ -34,12 +36,12 @@ class Call:
         count = plan.effective_count
         self.unbiased = 1 / (1 - 1 / count) if count > 1 else 1.0
         self.weigh = 1 / (1 - plan.prior)
-        self.always = plan.runs if self.full else None
+        self.runs: Callable[[int, int, int], Runs] = lru_cache(maxsize=DRAWS)(self._draw)
 
-    def runs(self, seed: int, layer: int, step: int) -> Runs:
-        """Return the places drawn."""
-        if self.always is not None:
-            return self.always
+    def _draw(self, seed: int, layer: int, step: int) -> Runs:
+        """Return the places drawn; the last ones are kept, since backward asks for forward's again."""
+        if self.full:
+            return self.plan.runs
         return draws.places(self.plan.parts[0], draws.stream_key(seed, layer, step, 0), self.plan.S)
 
     def flat(self, tensor: Tensor) -> np.ndarray:
@@ -126,13 +128,13 @@ class Call:
 
 
 @lru_cache(maxsize=1024)
-def call_for(x: Shape, sampler: sbn.Sampler, masked: bool) -> Call | None:
-    """Return the call for such a tensor, or None where the long way must be taken."""
+def call_for(x: Shape, sampler: str, masked: bool) -> Call | None:
+    """Return the call for such a tensor and a sampler's name, or None where the long way must be taken."""
     shape, strides, dtype = x
     like = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
     if like.numel() == 0 or not torch.empty_like(like).stride() == strides:
         return None
-    layout, plan = layout_of(like), sampler.plan(shape)
+    layout, plan = layout_of(like), ops.sampler_named(sampler).plan(shape)
     dense = like.movedim(1, -1) if layout.last else like
     if not dense.is_contiguous() or len(plan.parts) != 1:
         return None

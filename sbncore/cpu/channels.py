@@ -1,8 +1,8 @@
 """What is computed for each channel between the passes.
 
 ``values`` is what forward keeps, (6, C) in float64: mean, var, rstd, shift, scale, offset, the last three as
-rounded to the type of the arithmetic. ``sums`` are of some channels, (2, channels) in float64. A parameter that
-is absent is an array of length 0.
+rounded to the type of the arithmetic. ``sums`` are of some channels, (2, channels) in float64. A parameter
+that is absent is an array of length 0.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from sbncore.cpu.elements import cast, load, store, zero
 
 @inner()
 def cut(begin, length, weight, longest):
-    """Runs joined where one follows the other, then cut to ``longest``; and their places."""
-    heads, places = np.empty(len(begin) + 1, np.int64), 0
+    """Runs joined where one follows the other, then cut to ``longest``."""
+    heads = np.empty(len(begin) + 1, np.int64)
     count, pieces, whole = 0, 0, 0
     for r in range(len(begin)):
         follows = r > 0 and begin[r] == begin[r - 1] + length[r - 1] and weight[r] == weight[r - 1]
@@ -25,7 +25,6 @@ def cut(begin, length, weight, longest):
             heads[count] = r
             count, whole = count + 1, 0
         whole += length[r]
-        places += length[r]
     pieces += (whole + longest - 1) // longest
     heads[count] = len(begin)
     out_begin, out_length = np.empty(pieces, np.int64), np.empty(pieces, np.int64)
@@ -39,7 +38,7 @@ def cut(begin, length, weight, longest):
             out_weight[k] = weight[last]
             first += longest
             k += 1
-    return out_begin, out_length, out_weight, places
+    return out_begin, out_length, out_weight
 
 
 @inner()
@@ -67,9 +66,9 @@ def shift_of(x, spots, channel):
 
 @inner()
 def finish_moments(values, sums, c0, c1):
-    """values[0], values[1] = mean and var of channels c0 .. c1-1, from weighted sums of x - shift and its square.
+    """values[0], values[1] = mean and var of channels c0 .. c1-1.
 
-    The shift is in values[3].
+    From weighted sums of x - shift and of its square; the shift is in values[3].
     """
     for c in range(c0, c1):
         first, second = sums[0, c - c0], sums[1, c - c0]

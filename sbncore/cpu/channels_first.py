@@ -1,11 +1,11 @@
 """The kernels over channels-first memory, (N, C, S), of maps of 16 positions or more: a call in two phases.
 
-Nothing crosses channels. Where most is drawn, a call is *at once*: its tasks are blocks of channels, moments and
-then what is written, while the block is still in a cache; so full batch normalization reads memory once. Else
-the pass over everything is a *sweep*: its tasks lie one behind the other in memory, which suits it best, and
-the few places drawn are blocks' tasks, before a forward's sweep and behind a backward's. Between the phases
-threads wait for each other. What a task is depends on the shape alone, and all sums of a channel are added in
-one order: results do not depend on the threads.
+Nothing crosses channels. Where most is drawn, a call is *at once*: its tasks are blocks of channels, moments
+and then what is written, while the block is still in a cache; so full batch normalization reads memory once.
+Else the pass over everything is a *sweep*: its tasks lie one behind the other in memory, which suits it best,
+and the few places drawn are blocks' tasks, before a forward's sweep and behind a backward's. Between the
+phases threads wait for each other. What a task is depends on the shape alone, and all sums of a channel are
+added in one order: results do not depend on the threads.
 
 Loops fill arrays element by element: slices would take seconds more to compile.
 """
@@ -25,21 +25,8 @@ from sbncore.cpu.channels import (
     spots_of,
 )
 from sbncore.cpu.compiled import inner, jit
-from sbncore.cpu.elements import cast, zero
-from sbncore.cpu.lanes import (
-    DONE,
-    FIRST,
-    LANES,
-    SECOND,
-    aligned,
-    blend,
-    claim,
-    fence,
-    load_lanes,
-    store_lanes,
-    total,
-    wait,
-)
+from sbncore.cpu.elements import zero
+from sbncore.cpu.lanes import LANES, aligned, fence, load_lanes, store_lanes, total
 from sbncore.cpu.rows import CHUNK, repair_few, repair_vector, sums_vector
 from sbncore.cpu.segments import (
     coefficients_of,
@@ -48,6 +35,7 @@ from sbncore.cpu.segments import (
     slopes_at,
     sums_segment,
 )
+from sbncore.cpu.tasks import DONE, FIRST, SECOND, claim, wait
 
 FLUSH = CHUNK // LANES  # values that a lane sums up in float32
 AHEAD = 512  # elements: how long before they are used scattered runs are fetched
@@ -311,8 +299,9 @@ def repair_run(dx, dy, x, mask, values, slopes, place, length, c0, c1, relu, C, 
         if length < LANES:
             v = min(o, c1 * S - LANES)
             repair_few(
-                target, upper, source, bits, v, o - v, o - v + length, shift, scale, offset, k0, k1, relu, ahead
-            )
+                target, upper, source, bits, v, o - v, o - v + length, shift, scale, offset, k0, k1, relu,
+                ahead,
+            )  # fmt: skip
             continue
         for v in range(o, o + length, LANES):
             repair_vector(

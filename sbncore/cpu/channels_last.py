@@ -2,9 +2,9 @@
 
 The passes over places, the sums of blocks of channels with what is computed of them, and the pass over places
 that follows from that. A row is all channels of ``tile`` consecutive places, with coefficients repeated
-``tile`` times, so that a few channels still make a long row, of whole vectors. A task writes places, or a row of the partial sums, of its own; what
-a task is depends on the shape alone, so results do not depend on the threads. Sums are float32 (float64 for
-float64) within a piece, float64 beyond. A mask's bit e is element e's.
+``tile`` times, so that a few channels still make a long row, of whole vectors. A task writes places, or a row
+of the partial sums, of its own; what a task is depends on the shape alone, so results do not depend on the
+threads. Sums are float32 (float64 for float64) within a piece, float64 beyond. A mask's bit e is element e's.
 """
 
 from __future__ import annotations
@@ -23,20 +23,9 @@ from sbncore.cpu.channels import (
 from sbncore.cpu.channels_first import clear
 from sbncore.cpu.compiled import inner, jit
 from sbncore.cpu.elements import cast, zero
-from sbncore.cpu.lanes import (
-    DONE,
-    FINISHED,
-    FIRST,
-    LAST,
-    SECOND,
-    THIRD,
-    WRITTEN,
-    aligned,
-    claim,
-    fence,
-    wait,
-)
+from sbncore.cpu.lanes import aligned, fence
 from sbncore.cpu.rows import NEAR, add_row, normalize_row, repair_row
+from sbncore.cpu.tasks import DONE, FINISHED, FIRST, LAST, SECOND, THIRD, WRITTEN, claim, wait
 
 BLOCK = 128  # channels whose sums are a task
 GROUPS = 32  # of runs, that are tasks
@@ -89,8 +78,9 @@ def forward(
             end = min(N * S, p0 + span) * C
             for o in range(p0 * C, end, tile * C):
                 normalize_row(
-                    y, mask, x, residual, 0, o, min(o + tile * C, end), shift, scale, offset, relu, stream, NEAR
-                )
+                    y, mask, x, residual, 0, o, min(o + tile * C, end), shift, scale, offset, relu, stream,
+                    NEAR,
+                )  # fmt: skip
     if stream:
         fence()
 
@@ -129,7 +119,7 @@ def add_runs(
 ):  # fmt: skip
     """partial[:, task] = the weighted sums of g and g * (x - shift) over the runs, times ``times``."""
     tasks = most_tasks(len(begin))
-    begin, length, weight, places = cut(begin, length, weight, piece)
+    begin, length, weight = cut(begin, length, weight, piece)
     while True:
         t = claim(counters, FIRST)
         if t >= tasks:
@@ -141,8 +131,8 @@ def add_runs(
         r0, r1 = len(begin) * t // tasks, len(begin) * (t + 1) // tasks
         for r in range(r0, r1):
             add_places(
-                rows, None, None, dy, x, mask, shift, scale, offset, begin[r], begin[r] + length[r], relu, False,
-                C, tile,
+                rows, None, None, dy, x, mask, shift, scale, offset, begin[r], begin[r] + length[r], relu,
+                False, C, tile,
             )  # fmt: skip
             held += length[r]
             if r == r1 - 1 or held + length[r + 1] > piece or weight[r + 1] != weight[r]:
@@ -153,11 +143,11 @@ def add_runs(
 
 @inner()
 def add_places(rows, dx, dresidual, dy, x, mask, shift, scale, offset, p0, p1, relu, stream, C, tile):
-    """Add g and g * (x - shift) of some places to the last two rows; dx = scale * g, dresidual = g where given."""
+    """Add g and g * (x - shift) of places to the last two rows; dx = scale * g, dresidual = g where given."""
     for o in range(p0 * C, p1 * C, tile * C):
         add_row(
-            (rows[3], rows[4]), dx, dresidual, dy, x, mask, o, min(o + tile * C, p1 * C), shift, scale, offset,
-            relu, stream, NEAR,
+            (rows[3], rows[4]), dx, dresidual, dy, x, mask, o, min(o + tile * C, p1 * C), shift, scale,
+            offset, relu, stream, NEAR,
         )  # fmt: skip
 
 
@@ -208,8 +198,9 @@ def backward(
                         )
                     else:
                         add_places(
-                            rows, dx, dresidual, dy, x, mask, shift, times, offset, p, q, relu, stream, C, tile
-                        )
+                            rows, dx, dresidual, dy, x, mask, shift, times, offset, p, q, relu, stream, C,
+                            tile,
+                        )  # fmt: skip
                     flush(partial, t, rows, 1.0, C, tile)
                 claim(counters, DONE)
         wait(counters, DONE, tasks)
@@ -242,14 +233,14 @@ def backward(
     if dx is not None and repairs and not dense:
         if sampled is not None:
             wait(counters, WRITTEN, (N * S + span - 1) // span)
-        begin, length, weight, places = cut(begin, length, weight, piece)
+        begin, length, weight = cut(begin, length, weight, piece)
         while True:
             r = claim(counters, LAST)
             if r >= len(begin):
                 break
             write(
-                dx, None, dy, x, mask, shift, times, offset, k0, k1, weight[r], begin[r], begin[r] + length[r],
-                relu, False, C, tile,
+                dx, None, dy, x, mask, shift, times, offset, k0, k1, weight[r], begin[r],
+                begin[r] + length[r], relu, False, C, tile,
             )  # fmt: skip
     if stream and writes:
         fence()
@@ -261,6 +252,6 @@ def write(dx, dresidual, dy, x, mask, shift, scale, offset, k0, k1, p, p0, p1, r
     p = cast(x, p)
     for o in range(p0 * C, p1 * C, tile * C):
         repair_row(
-            dx, dresidual, dy, x, mask, 0, o, min(o + tile * C, p1 * C), shift, scale, offset, k0, k1, p, relu,
-            stream, NEAR,
+            dx, dresidual, dy, x, mask, 0, o, min(o + tile * C, p1 * C), shift, scale, offset, k0, k1, p,
+            relu, stream, NEAR,
         )  # fmt: skip

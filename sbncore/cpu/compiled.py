@@ -34,9 +34,9 @@ def inner(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """Compile as a part of the kernels that call it: without an entry from Python, and kept with them."""
 
     def decorate(function: Callable[..., Any]) -> Any:
-        return njit(
-            nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, **options
-        )(function)  # fmt: skip
+        compiler: Any = njit  # its types lack what leaves out the entries
+        without = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+        return compiler(nogil=True, error_model="numpy", **without, **options)(function)
 
     return decorate
 

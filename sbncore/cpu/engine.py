@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sbncore.cpu import channels, channels_first, channels_last, short_maps, threads
+from sbncore.cpu import channels_first, channels_last, short_maps, threads
 from sbncore.cpu.lanes import LANES
 from sbncore.layout import Layout
 from sbncore.plans import Runs
@@ -101,10 +101,15 @@ class Strips(NamedTuple):
     tasks: int
     elements: int
 
+    def run(self, kernel: Any, *arguments: Any) -> None:
+        """Call the kernel."""
+        parallel = _parallel(self.elements)
+        threads.run(kernel, self.tasks, parallel, *arguments, self.tile, self.piece, self.span)
+
 
 @lru_cache(maxsize=1024)
 def cut_last(layout: Layout) -> Strips:
-    """Return the cut of a channels-last layout: rows of whole vectors, so that no two write bits of one word."""
+    """Return the cut of a channels-last layout: rows are whole vectors, no two write bits of one word."""
     C, places = layout.C, layout.N * layout.S
     tile = max(1, _multiple(max(1, TILE // max(1, C)), _even(C)))
     piece = _multiple(max(PLACES, RUN // max(1, C)), tile)
@@ -135,11 +140,11 @@ def forward(
         arguments = y, mask, x, residual, values, parameters, *runs, weigh, relu or None, stream, *sizes
         cut.run(short_maps.forward, channels_first.forward, arguments)
         return
-    cut = cut_last(layout)
-    partial = np.empty((2, channels_last.most_tasks.py_func(len(runs.begin)), layout.C))
-    threads.run(
-        channels_last.forward, cut.tasks, _parallel(cut.elements), y, mask, x, residual, values, parameters,
-        partial, *runs, weigh, relu or None, stream, layout.N, layout.C, layout.S, *cut[:3],
+    strips = cut_last(layout)
+    sums = np.empty((2, channels_last.most_tasks.py_func(len(runs.begin)), layout.C))
+    strips.run(
+        channels_last.forward, y, mask, x, residual, values, parameters, sums, *runs, weigh, relu or None,
+        stream, layout.N, layout.C, layout.S,
     )  # fmt: skip
 
 
@@ -173,25 +178,25 @@ def backward(
     sampled = True if scale > 0 else None
     if not layout.last:
         cut, sizes = cut_first(layout), (layout.N, layout.C, layout.S)
-        partial = () if cut.short else (np.empty((2, -(-layout.N // cut.spread), layout.C)),)
-        whole = () if cut.short else (full,)
+        partial = [] if cut.short else [np.empty((2, -(-layout.N // cut.spread), layout.C))]
+        whole = [] if cut.short else [full]
         arguments = (
-            dx, dresidual, dy, x, mask, values, total, *partial, dweight, dbias, *runs, scale, *whole, repairs,
-            relu or None, sampled, stream, *sizes,
+            dx, dresidual, dy, x, mask, values, total, *partial, dweight, dbias, *runs, scale, *whole,
+            repairs, relu or None, sampled, stream, *sizes,
         )  # fmt: skip
         cut.run(short_maps.backward, channels_first.backward, arguments)
         return
-    cut = cut_last(layout)
-    partial = np.empty((2, channels_last.most_tasks.py_func(len(runs.begin)) if sampled else cut.tasks, layout.C))
-    threads.run(
-        channels_last.backward, cut.tasks, _parallel(cut.elements), dx, dresidual, dy, x, mask, values, total,
-        partial, dweight, dbias, *runs, scale, full, repairs, relu or None, sampled, stream, layout.N,
-        layout.C, layout.S, *cut[:3],
+    strips = cut_last(layout)
+    tasks = channels_last.most_tasks.py_func(len(runs.begin)) if sampled else strips.tasks
+    sums = np.empty((2, tasks, layout.C))
+    strips.run(
+        channels_last.backward, dx, dresidual, dy, x, mask, values, total, sums, dweight, dbias, *runs, scale,
+        full, repairs, relu or None, sampled, stream, layout.N, layout.C, layout.S,
     )  # fmt: skip
 
 
 def _streams(like: np.ndarray, layout: Layout, worth: int) -> bool:
-    """Whether outputs, worth it from so many bytes on, are streamed: where vectors are parts of cache lines."""
+    """Whether outputs, worth it from so many bytes on, are streamed: where vectors are parts of lines."""
     return like.nbytes >= worth and (layout.last or layout.C * layout.S % LANES == 0)
 
 

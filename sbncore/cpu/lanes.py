@@ -10,7 +10,6 @@ Streamed (non-temporal) stores write past the caches, without reading first what
 from __future__ import annotations
 
 import operator
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -21,14 +20,10 @@ from numba.core.datamodel import models
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, register_model
 
-from sbncore.cpu.compiled import inner
 from sbncore.cpu.elements import compute_type, narrow, pointer, widen
 
 LANES = 16
 STREAMED = 64  # bytes, a cache line: where an array begins whose stores are streamed, whole lines at a time
-SPINS = 1000
-FIRST, DONE, SECOND, FINISHED, THIRD, WRITTEN, LAST = range(0, 56, 8)  # a call's counters, a cache line each
-COUNTERS = 56
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 FLOAT, DOUBLE = ir.FloatType(), ir.DoubleType()
 
@@ -312,49 +307,6 @@ def total(typingctx: Any, value: Any) -> tuple[Any, Callable[..., Any]]:
         return builder.extract_element(value, ir.Constant(I32, 0))
 
     return types.float64(value), codegen
-
-
-@intrinsic
-def claim(typingctx: Any, counters: Any, k: Any) -> tuple[Any, Callable[..., Any]]:
-    """Count counter ``k`` up by one and return what it was: to each thread another number.
-
-    What a thread wrote before is seen by those that later find the count.
-    """
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        place = pointer(context, builder, counters, *args)
-        return builder.atomic_rmw("add", place, ir.Constant(I64, 1), "acq_rel")
-
-    return types.int64(counters, types.intp), codegen
-
-
-@intrinsic
-def counted(typingctx: Any, counters: Any, k: Any) -> tuple[Any, Callable[..., Any]]:
-    """What counter ``k`` is now."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.load_atomic(pointer(context, builder, counters, *args), "acquire", 8)
-
-    return types.int64(counters, types.intp), codegen
-
-
-if os.name == "posix":
-    _give_way = types.ExternalFunction("sched_yield", types.int32())
-else:
-
-    @inner()
-    def _give_way():
-        return 0
-
-
-@inner()
-def wait(counters, k, count):
-    """Wait until counter ``k``, which other threads count up, has come to ``count``."""
-    spins = 0
-    while counted(counters, k) < count:
-        spins += 1
-        if spins > SPINS:  # there may be more threads than cores
-            _give_way()
 
 
 @intrinsic

@@ -26,7 +26,6 @@ from sbncore.cpu.lanes import (
     at,
     blend,
     load_lanes,
-    nothing,
     prefetch,
     read_bits,
     store_lanes,
@@ -96,7 +95,7 @@ def add_vector(
 
 @inner(forceinline=True)
 def add_row(totals, dx, dresidual, dy, x, mask, o, end, shift, scale, offset, relu, stream, ahead):
-    """Add each element's g and g * (x - shift) to a row of totals; dx = scale * g, dresidual = g where given."""
+    """Add g and g * (x - shift) of each element to totals; dx = scale * g, dresidual = g where given."""
     whole = o + ((end - o) & -LANES)
     for v in range(o, whole, LANES):
         add_vector(
@@ -105,8 +104,9 @@ def add_row(totals, dx, dresidual, dy, x, mask, o, end, shift, scale, offset, re
     if whole < end:
         keep = 0, end - whole
         add_vector(
-            totals, dx, dresidual, dy, x, mask, whole, whole - o, shift, scale, offset, relu, stream, ahead, keep
-        )
+            totals, dx, dresidual, dy, x, mask, whole, whole - o, shift, scale, offset, relu, stream, ahead,
+            keep,
+        )  # fmt: skip
 
 
 @inner(forceinline=True)
@@ -166,7 +166,7 @@ def repair_vector(
 
 @inner()
 def repair_few(dx, dy, x, mask, v, first, end, shift, scale, offset, k0, k1, relu, ahead):
-    """`repair_vector` of lanes first .. end-1, with p in k0 and k1; the other elements are written as they are."""
+    """`repair_vector` of lanes first .. end-1, with p in k0 and k1; the others are written as they are."""
     fetch(x, dy, v + ahead)
     g, deviation = gradient(dy, x, mask, v, 0, 0, shift, scale, offset, relu, None)
     d, before = g * at(scale, 0, None) - (k0 + deviation * k1), load_lanes(dx, v, None)

@@ -1,12 +1,12 @@
 """One pass over a segment, channels-first: the maps of channels c0 .. c1-1 of a sample, that lie in a row.
 
-All arrays are a sample's own. Its memory is cut into vectors at the multiples of 16 from its first element on,
-and so are the segments, so that only a sample's last vector can be a part of one. Where a map ends within a
-vector, the *seam*, that takes the coefficients of both channels, blended. So maps have 16 positions or more;
-those of fewer are rows with the coefficients spelled out (`sbncore.cpu.rows`).
+All arrays are a sample's own. Its memory is cut into vectors at the multiples of 16 from its first element
+on, and so are the segments, so that only a sample's last vector can be a part of one. Where a map ends within
+a vector, the *seam*, that takes the coefficients of both channels, blended: a vector has to do with two maps
+at most, of 16 positions or more.
 
-``values`` holds the coefficients (`sbncore.cpu.channels`), in float64. The sums of a channel stay in 16 lanes,
-from one sample to the next, until they are flushed.
+``values`` holds the coefficients (`sbncore.cpu.channels`), in float64. The sums of a channel stay in 16
+lanes, from one sample to the next, until they are flushed.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def sums_segment(
 
 @inner()
 def repair_segment(dx, dresidual, dy, x, mask, values, slopes, c0, c1, S, relu, stream):
-    """dx = scale * g - (k0 + k1 * (x - shift)), with p in the slopes k0, k1; or scale * g without; dresidual = g."""
+    """dx = scale * g - (k0 + k1 * (x - shift)), with p in the slopes, or scale * g without; dresidual = g."""
     ahead = NEAR if stream else 0
     now, bent = coefficients_of(x, values, c0), slopes_at(x, slopes, 0)
     v, end = c0 * S, c0 * S

@@ -18,8 +18,9 @@ from sbncore.cpu.channels import (
 from sbncore.cpu.channels_first import add_run, clear, flush, mask_of, sample_of
 from sbncore.cpu.compiled import inner, jit
 from sbncore.cpu.elements import cast, zero
-from sbncore.cpu.lanes import FIRST, LANES, aligned, claim, fence
+from sbncore.cpu.lanes import LANES, aligned, fence
 from sbncore.cpu.rows import add_row, normalize_row, repair_row, sum_of
+from sbncore.cpu.tasks import FIRST, claim
 
 FLUSH = 256  # values that are summed in float32
 
@@ -83,11 +84,12 @@ def add_runs(
         n, p, whole = begin[r] // S, weight[r] * times, length[r] == S
         source, upper, bits = sample_of(x, n, C * S), sample_of(dy, n, C * S), mask_of(mask, n, C, S)
         held += 1
-        last = held == FLUSH or r == len(begin) - 1 or weight[r + 1] != weight[r] or length[r + 1] != length[r]
+        last = held == FLUSH or r == len(begin) - 1
+        last = last or weight[r + 1] != weight[r] or length[r + 1] != length[r]
         if whole:
             add_row(
-                (lanes[0], lanes[1]), None, None, upper, source, bits, c0 * S, c1 * S, shift, scale, offset, relu,
-                False, C * S,
+                (lanes[0], lanes[1]), None, None, upper, source, bits, c0 * S, c1 * S, shift, scale, offset,
+                relu, False, C * S,
             )  # fmt: skip
         else:
             add_run(lanes, upper, source, bits, values, begin[r] - n * S, length[r], c0, c1, relu, S)
@@ -131,8 +133,8 @@ def backward(
             spell(rows[k], values[3 + k], c0, c1, S)
         if sampled is not None:
             add_runs(
-                sums, lanes, dy, x, mask, values, shift, times, offset, begin, length, weight, scale, relu, c0,
-                c1, C, S,
+                sums, lanes, dy, x, mask, values, shift, times, offset, begin, length, weight, scale, relu,
+                c0, c1, C, S,
             )  # fmt: skip
         elif scale >= 0:
             for n in range(N):
@@ -154,8 +156,8 @@ def backward(
             r = spell_weights(p, begin, length, weight, r if repairs else len(begin), n, c1 - c0, S)
             repair_row(
                 sample_of(dx, n, C * S), sample_of(dresidual, n, C * S), sample_of(dy, n, C * S),
-                sample_of(x, n, C * S), mask_of(mask, n, C, S), 0, c0 * S, c1 * S, shift, times, offset, k0, k1,
-                p, relu, stream, C * S,
+                sample_of(x, n, C * S), mask_of(mask, n, C, S), 0, c0 * S, c1 * S, shift, times, offset, k0,
+                k1, p, relu, stream, C * S,
             )  # fmt: skip
     if stream and writes:
         fence()

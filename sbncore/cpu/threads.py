@@ -28,8 +28,7 @@ def _available() -> int:
     return os.cpu_count() or 1
 
 
-COUNTERS = 56  # as `sbncore.cpu.lanes` names them
-
+COUNTERS, LINE = 7, 8  # what tasks are counted by (`sbncore.cpu.tasks`), a cache line each
 _threads = _available()
 _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
@@ -60,7 +59,7 @@ def set_num_threads(count: int) -> None:
 def run(kernel: Callable[..., None], tasks: int, parallel: bool, *arguments: Any) -> None:
     """Call ``kernel(*arguments, counters)``, on all threads if ``parallel``; each takes tasks by counting."""
     global _pool, _pool_size
-    counters = np.zeros(COUNTERS, np.int64)
+    counters = np.zeros(COUNTERS * LINE, np.int64)
     threads = min(_threads, tasks) if parallel else 1
     if threads == 1:
         kernel(*arguments, counters)

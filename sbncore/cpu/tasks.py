@@ -1,0 +1,62 @@
+"""Tasks that threads share out by counting, and how a thread waits until the others have done theirs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from sbncore.cpu.compiled import inner
+from sbncore.cpu.elements import pointer
+from sbncore.cpu.threads import COUNTERS, LINE
+
+FIRST, DONE, SECOND, FINISHED, THIRD, WRITTEN, LAST = (LINE * k for k in range(COUNTERS))
+SPINS = 1000
+I64 = ir.IntType(64)
+
+
+@intrinsic
+def claim(typingctx: Any, counters: Any, k: Any) -> tuple[Any, Callable[..., Any]]:
+    """Count counter ``k`` up by one and return what it was: to each thread another number.
+
+    What a thread wrote before is seen by those that later find the count.
+    """
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        place = pointer(context, builder, counters, *args)
+        return builder.atomic_rmw("add", place, ir.Constant(I64, 1), "acq_rel")
+
+    return types.int64(counters, types.intp), codegen
+
+
+@intrinsic
+def counted(typingctx: Any, counters: Any, k: Any) -> tuple[Any, Callable[..., Any]]:
+    """What counter ``k`` is now."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.load_atomic(pointer(context, builder, counters, *args), "acquire", 8)
+
+    return types.int64(counters, types.intp), codegen
+
+
+@inner()
+def nowhere():
+    return 0
+
+
+# there may be more threads than cores
+give_way = types.ExternalFunction("sched_yield", types.int32()) if os.name == "posix" else nowhere
+
+
+@inner()
+def wait(counters, k, count):
+    """Wait until counter ``k``, which threads that run count up, has come to ``count``."""
+    spins = 0
+    while counted(counters, k) < count:
+        spins += 1
+        if spins > SPINS:
+            give_way()
