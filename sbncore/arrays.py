@@ -17,6 +17,7 @@ STORAGE = {name: np.dtype(kind) for name, kind in zip(
     ("float64", "float32", "float16", "bfloat16"), ("f8", "f4", "i2", "u2"), strict=True)}  # fmt: skip
 ELEMENT = {storage: name for name, storage in STORAGE.items()}
 PARAMETER = {"float64": "float64", "float32": "float32", "float16": "float32", "bfloat16": "float32"}
+LINE, LARGE = 64, 1 << 20  # bytes: a cache line, and memory worth beginning at one
 CPU, CUDA = 1, (2, 13)  # DLPack's kDLCPU; kDLCUDA and kDLCUDAManaged
 
 
@@ -114,9 +115,16 @@ def on_device(view: np.ndarray) -> AbstractContextManager[Any]:
 
 
 def empty_like(view: np.ndarray) -> np.ndarray:
-    """Return new memory of a borrowed array's shape and type, on its device."""
+    """Return new memory of a borrowed array's shape and type, on its device.
+
+    NumPy's begins 16 bytes behind a cache line, if it is large: the engine streams whole lines only.
+    """
     if isinstance(view, np.ndarray):
-        return np.empty_like(view)
+        if view.nbytes < LARGE:
+            return np.empty_like(view)
+        memory = np.empty(view.nbytes + LINE, np.uint8)
+        first = -address(memory) % LINE
+        return memory[first : first + view.nbytes].view(view.dtype).reshape(view.shape)
     from sbncore.cuda.device import device_of
 
     return device_of(view).empty(view.shape, view.dtype)
