@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
 import sbncore as sbn  # noqa: E402
-from sbncore.adapters.torch import SampledBatchNorm1d, SampledBatchNorm2d, ops  # noqa: E402
+from sbncore.adapters.torch import SampledBatchNorm1d, SampledBatchNorm2d, names, ops  # noqa: E402
 from sbncore.adapters.torch.function import BatchNorm, Options  # noqa: E402
 
 FS = sbn.FeatureSampling(1 / 4)
@@ -24,7 +24,7 @@ FS = sbn.FeatureSampling(1 / 4)
 
 def function(sampler, gradient="exact", relu=False, seed=1):
     """The layer's mathematics as a pure function of tensors; a prior's moments stay what they are."""
-    options = Options(ops.name_of(sampler), ops.word(seed), 2, 0.1, 1e-5, relu, False, gradient)
+    options = Options(names.name_of(sampler), ops.word(seed), 2, 0.1, 1e-5, relu, False, gradient)
     mean, var = torch.linspace(-1, 1, 3).double(), torch.linspace(0.5, 2, 3).double()
     step = torch.tensor(3)
 
@@ -107,7 +107,7 @@ def test_torchs_own_checks_of_the_operators():
         (True, residual, (mean, var), x), (True, None, (None, None), x), (False, None, (mean, var), x),
         (True, residual, (mean, var), x.to(memory_format=torch.channels_last)),
     ):  # fmt: skip
-        draw = (torch.tensor(7), ops.name_of(FS), 1, 2)
+        draw = (torch.tensor(7), names.name_of(FS), 1, 2)
         forward = (tensor, weight, bias, other, *running, *draw, 0.1, 1e-5, relu, False)
         torch.library.opcheck(ops.FORWARD, forward)
         y, state, mask, *_ = ops.FORWARD(*forward)

@@ -7,7 +7,7 @@ from product import SAMPLERS
 torch = pytest.importorskip("torch")
 
 import sbncore as sbn  # noqa: E402
-from sbncore.adapters.torch import SampledBatchNorm2d, ops, quick  # noqa: E402
+from sbncore.adapters.torch import SampledBatchNorm2d, names, quick  # noqa: E402
 from sbncore.cpu import draws, pages  # noqa: E402
 from sbncore.hashing import stream_key  # noqa: E402
 
@@ -74,9 +74,9 @@ def test_compiled_draws_are_the_plans():
 def test_what_is_odd_goes_the_long_way():
     x = torch.randn(8, 5, 6, 7)
     for view in (x[::2], x[:, ::2], x.expand(8, 5, 6, 7)[..., ::2], x[:0], x[:1].expand(8, 5, 6, 7)):
-        assert quick.call_for(quick.shape_of(view), ops.name_of(sbn.Full()), False) is None
+        assert quick.call_for(quick.shape_of(view), names.name_of(sbn.Full()), False) is None
     for view in (x, x.to(memory_format=torch.channels_last), x[:, :, 0, 0].clone(), x[2:]):
-        call = quick.call_for(quick.shape_of(view), ops.name_of(sbn.Full()), False)
+        call = quick.call_for(quick.shape_of(view), names.name_of(sbn.Full()), False)
         assert call is not None and call.takes(torch.ones(5), None)
         assert not call.takes(torch.ones(6)) and not call.takes(torch.ones(5).double())
         assert not call.takes(torch.ones(10)[::2])

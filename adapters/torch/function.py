@@ -13,7 +13,7 @@ from sbncore.adapters.torch import ops
 class Options(NamedTuple):
     """What a call takes beside tensors."""
 
-    sampler: str  # by `ops.name_of`
+    sampler: str  # by `names.name_of`
     seed: int
     layer: int
     momentum: float

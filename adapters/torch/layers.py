@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import sbncore as sbn
 from sbncore import checks
-from sbncore.adapters.torch import ops, replay
+from sbncore.adapters.torch import names, ops, replay
 from sbncore.adapters.torch.function import BatchNorm, Options
 from sbncore.adapters.torch.ranks import group_of, over_ranks
 from sbncore.drawing import integer
@@ -104,11 +104,11 @@ class SampledBatchNorm(_BatchNorm):
     def sampler(self, sampler: sbn.Sampler) -> None:
         if not isinstance(sampler, sbn.Sampler):
             raise TypeError(f"sampler: expected a Sampler, got {type(sampler).__name__}")
-        self._sampler, self._name = sampler, ops.name_of(sampler)
+        self._sampler, self._name = sampler, names.name_of(sampler)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        ops.name_of(self._sampler)
+        names.name_of(self._sampler)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Return y; in training, move the running statistics and the counter once all is well."""

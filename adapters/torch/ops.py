@@ -16,6 +16,7 @@ from torch import Tensor
 import sbncore as sbn
 from sbncore import functional
 from sbncore.adapters.torch.exchange import empty_like, engine_stream, layout_of, memory_of
+from sbncore.adapters.torch.names import named
 from sbncore.arrays import borrow
 from sbncore.checks import Running
 from sbncore.saved import ROWS, Kept, Saved
@@ -23,20 +24,7 @@ from sbncore.saved import ROWS, Kept, Saved
 PLAIN = (Tensor, torch.nn.Parameter)
 
 _library = torch.library.Library("sbncore", "DEF")
-_samplers: dict[str, sbn.Sampler] = {}
 Draw = tuple[str, int, int]  # the sampler's name, seed, layer
-
-
-def name_of(sampler: sbn.Sampler) -> str:
-    """Return the name by which the operators know a sampler in this process."""
-    name = repr(sampler)
-    _samplers[name] = sampler
-    return name
-
-
-def sampler_named(name: str) -> sbn.Sampler:
-    """Return the sampler of a name that `name_of` gave."""
-    return _samplers[name]
 
 
 def word(number: int) -> int:
@@ -62,7 +50,7 @@ def plan_of(x: Tensor, draw: Draw, step: Any, fewest: int = 2) -> sbn.Plan:
     """Return the plan of a call; a step in a GPU's memory stays there, where the sampler allows it."""
     if x.is_cuda:
         sampler, seed, layer = draw
-        plan = _samplers[sampler].plan(x.shape, seed=seed, layer=layer, step=step, fewest=fewest)
+        plan = named(sampler).plan(x.shape, seed=seed, layer=layer, step=step, fewest=fewest)
         if plan.apart:
             return plan
     return _drawn(tuple(x.shape), *draw, int(step), fewest)
@@ -72,7 +60,7 @@ def plan_of(x: Tensor, draw: Draw, step: Any, fewest: int = 2) -> sbn.Plan:
 def _drawn(
     shape: tuple[int, ...], sampler: str, seed: int, layer: int, step: int, fewest: int
 ) -> sbn.Plan:
-    return _samplers[sampler].plan(shape, seed=seed, layer=layer, step=step, fewest=fewest)
+    return named(sampler).plan(shape, seed=seed, layer=layer, step=step, fewest=fewest)
 
 
 def saved_in(

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sbncore.adapters.torch import ops
 from sbncore.adapters.torch.exchange import empty_like, layout_of
+from sbncore.adapters.torch.names import named
 from sbncore.cpu import draws, engine
 from sbncore.layout import Layout
 from sbncore.plans import Plan, Runs
@@ -134,7 +134,7 @@ def call_for(x: Shape, sampler: str, masked: bool) -> Call | None:
     like = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
     if like.numel() == 0 or not torch.empty_like(like).stride() == strides:
         return None
-    layout, plan = layout_of(like), ops.sampler_named(sampler).plan(shape)
+    layout, plan = layout_of(like), named(sampler).plan(shape)
     dense = like.movedim(1, -1) if layout.last else like
     if not dense.is_contiguous() or len(plan.parts) != 1:
         return None

@@ -25,6 +25,7 @@ from sbncore.cpu.channels import (
     spots_of,
 )
 from sbncore.cpu.compiled import inner, jit
+from sbncore.cpu.counters import DONE, FIRST, SECOND
 from sbncore.cpu.elements import zero
 from sbncore.cpu.lanes import LANES, aligned, fence, load_lanes, store_lanes, total
 from sbncore.cpu.rows import CHUNK, repair_few, repair_vector, sums_vector
@@ -35,16 +36,10 @@ from sbncore.cpu.segments import (
     slopes_at,
     sums_segment,
 )
-from sbncore.cpu.tasks import DONE, FIRST, SECOND, claim, wait
+from sbncore.cpu.tasks import claim, wait
 
 FLUSH = CHUNK // LANES  # values that a lane sums up in float32
 AHEAD = 512  # elements: how long before they are used scattered runs are fetched
-
-
-@jit()
-def sample_words(C, S):
-    """How many words of a mask a sample has."""
-    return (C * S + LANES - 1) // LANES
 
 
 def sample_of(array, n, size):
@@ -61,7 +56,7 @@ def _sample_of(array, n, size):
 @inner()
 def mask_of(mask, n, C, S):
     """The n-th sample's words of a mask."""
-    return sample_of(mask, n, 2 * sample_words(C, S))
+    return sample_of(mask, n, 2 * ((C * S + LANES - 1) // LANES))
 
 
 @jit()

@@ -22,31 +22,24 @@ from sbncore.cpu.channels import (
 )
 from sbncore.cpu.channels_first import clear
 from sbncore.cpu.compiled import inner, jit
+from sbncore.cpu.counters import DONE, FINISHED, FIRST, LAST, SECOND, THIRD, WRITTEN
 from sbncore.cpu.elements import cast, zero
 from sbncore.cpu.lanes import aligned, fence
 from sbncore.cpu.rows import NEAR, add_row, normalize_row, repair_row
-from sbncore.cpu.tasks import DONE, FINISHED, FIRST, LAST, SECOND, THIRD, WRITTEN, claim, wait
+from sbncore.cpu.tasks import claim, wait
 
 BLOCK = 128  # channels whose sums are a task
-GROUPS = 32  # of runs, that are tasks
-
-
-@jit()
-def most_tasks(runs):
-    """How many tasks the sums over so many runs are."""
-    return min(runs, GROUPS)
-
 
 @jit()
 def forward(
     y, mask, x, residual, values, parameters, partial, begin, length, weight, weigh, relu, stream, N, C, S,
     tile, piece, span, counters,
 ):  # fmt: skip
-    """As `sbncore.cpu.channels_first.forward`."""
+    """As `sbncore.cpu.channels_first.forward`; ``partial`` is room for the sums of as many groups of runs."""
     if y is not None:
         stream = stream and aligned(y)
     sums, rows = np.empty((2, BLOCK)), np.full((5, tile * C), zero(x))
-    tasks = most_tasks(len(begin))
+    tasks = partial.shape[1]
     if tasks > 0:
         shift, spots = rows[0], spots_of(begin, length, C, S, True)
         for c in range(C):
@@ -118,7 +111,7 @@ def add_runs(
     counters,
 ):  # fmt: skip
     """partial[:, task] = the weighted sums of g and g * (x - shift) over the runs, times ``times``."""
-    tasks = most_tasks(len(begin))
+    tasks = partial.shape[1]
     begin, length, weight = cut(begin, length, weight, piece)
     while True:
         t = claim(counters, FIRST)
@@ -166,7 +159,7 @@ def backward(
     dx, dresidual, dy, x, mask, values, total, partial, dweight, dbias, begin, length, weight, scale, full,
     repairs, relu, sampled, stream, N, C, S, tile, piece, span, counters,
 ):  # fmt: skip
-    """As `sbncore.cpu.channels_first.backward`."""
+    """As `sbncore.cpu.channels_first.backward`; ``partial`` is for sums of tasks, or of groups of runs."""
     writes = dx is not None or dresidual is not None
     if writes:
         stream = stream and aligned(dx) and aligned(dresidual)
@@ -174,14 +167,13 @@ def backward(
     sums, rows = np.empty((2, BLOCK)), np.full((5, tile * C), zero(x))
     shift, times, offset = coefficients_in(rows, values, C)
     if scale >= 0:
+        tasks = partial.shape[1]
         if sampled is not None:
-            tasks = most_tasks(len(begin))
             add_runs(
                 partial, rows, dy, x, mask, shift, times, offset, begin, length, weight, scale, relu, C, tile,
                 piece, counters,
             )  # fmt: skip
         else:
-            tasks = (N * S + span - 1) // span
             while True:
                 t = claim(counters, FIRST)
                 if t >= tasks:

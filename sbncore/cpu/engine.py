@@ -21,6 +21,7 @@ RUN = 16384  # elements of a channels-last run, which is summed in float32
 PLACES = 64  # of such a run at least: what flushing its sums is shared among
 TASK = 16384  # elements worth a task of their own
 TASKS = 64
+GROUPS = 32  # of runs of channels-last memory, whose sums are tasks
 PARALLEL = 1 << 20  # elements worth waking the other threads: it takes 50 to 100 us
 AWAKE = 8  # times fewer are worth threads that are awake, OpenMP's
 NOWHERE = Runs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
@@ -141,7 +142,7 @@ def forward(
         cut.run(short_maps.forward, channels_first.forward, arguments)
         return
     strips = cut_last(layout)
-    sums = np.empty((2, channels_last.most_tasks.py_func(len(runs.begin)), layout.C))
+    sums = np.empty((2, min(GROUPS, len(runs.begin)), layout.C))
     strips.run(
         channels_last.forward, y, mask, x, residual, values, parameters, sums, *runs, weigh, relu or None,
         stream, layout.N, layout.C, layout.S,
@@ -187,8 +188,7 @@ def backward(
         cut.run(short_maps.backward, channels_first.backward, arguments)
         return
     strips = cut_last(layout)
-    tasks = channels_last.most_tasks.py_func(len(runs.begin)) if sampled else strips.tasks
-    sums = np.empty((2, tasks, layout.C))
+    sums = np.empty((2, min(GROUPS, len(runs.begin)) if sampled else strips.tasks, layout.C))
     strips.run(
         channels_last.backward, dx, dresidual, dy, x, mask, values, total, sums, dweight, dbias, *runs, scale,
         full, repairs, relu or None, sampled, stream, layout.N, layout.C, layout.S,
@@ -202,7 +202,7 @@ def _streams(like: np.ndarray, layout: Layout, worth: int) -> bool:
 
 def mask_size(layout: Layout) -> int:
     """Return the bytes of a mask: a bit per element, in words of 16 that no two samples share."""
-    N, C, S = layout.N, layout.C, layout.S
-    if layout.last:  # plain arithmetic: a compiler's symbols pass through it
+    N, C, S = layout.N, layout.C, layout.S  # plain arithmetic: a compiler's symbols pass through it
+    if layout.last:
         return 2 * ((N * S * C + LANES - 1) // LANES)
-    return 2 * N * channels_first.sample_words.py_func(C, S)
+    return 2 * N * ((C * S + LANES - 1) // LANES)

@@ -17,10 +17,11 @@ from sbncore.cpu.channels import (
 )
 from sbncore.cpu.channels_first import add_run, clear, flush, mask_of, sample_of
 from sbncore.cpu.compiled import inner, jit
+from sbncore.cpu.counters import FIRST
 from sbncore.cpu.elements import cast, zero
 from sbncore.cpu.lanes import LANES, aligned, fence
 from sbncore.cpu.rows import add_row, normalize_row, repair_row, sum_of
-from sbncore.cpu.tasks import FIRST, claim
+from sbncore.cpu.tasks import claim
 
 FLUSH = 256  # values that are summed in float32
 

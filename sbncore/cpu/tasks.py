@@ -12,9 +12,7 @@ from numba.extending import intrinsic
 
 from sbncore.cpu.compiled import inner
 from sbncore.cpu.elements import pointer
-from sbncore.cpu.threads import COUNTERS, LINE
 
-FIRST, DONE, SECOND, FINISHED, THIRD, WRITTEN, LAST = (LINE * k for k in range(COUNTERS))
 SPINS = 1000
 I64 = ir.IntType(64)
 
@@ -23,7 +21,7 @@ I64 = ir.IntType(64)
 def claim(typingctx: Any, counters: Any, k: Any) -> tuple[Any, Callable[..., Any]]:
     """Count counter ``k`` up by one and return what it was: to each thread another number.
 
-    What a thread wrote before is seen by those that later find the count.
+    What a thread wrote before, streamed or not, is seen by those that later find the count.
     """
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:

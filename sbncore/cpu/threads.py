@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from sbncore.cpu import counters
+
 
 def _available() -> int:
     for name in ("SBNCORE_NUM_THREADS", "OMP_NUM_THREADS"):
@@ -28,7 +30,6 @@ def _available() -> int:
     return os.cpu_count() or 1
 
 
-COUNTERS, LINE = 7, 8  # what tasks are counted by (`sbncore.cpu.tasks`), a cache line each
 _threads = _available()
 _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
@@ -59,24 +60,24 @@ def set_num_threads(count: int) -> None:
 def run(kernel: Callable[..., None], tasks: int, parallel: bool, *arguments: Any) -> None:
     """Call ``kernel(*arguments, counters)``, on all threads if ``parallel``; each takes tasks by counting."""
     global _pool, _pool_size
-    counters = np.zeros(COUNTERS * LINE, np.int64)
+    counts = np.zeros(counters.SIZE, np.int64)
     threads = min(_threads, tasks) if parallel else 1
     if threads == 1:
-        kernel(*arguments, counters)
+        kernel(*arguments, counts)
         return
     entry = openmp()
     if entry:
         from sbncore.cpu.team import TEAMS
 
-        TEAMS[kernel](entry, threads, (*arguments, counters))
+        TEAMS[kernel](entry, threads, (*arguments, counts))
         return
     pool = _pool
     if pool is None:
         pool, _pool_size = ThreadPoolExecutor(_threads, thread_name_prefix="sbncore"), _threads
         _pool = pool
-    others = [pool.submit(kernel, *arguments, counters) for _ in range(threads - 1)]
+    others = [pool.submit(kernel, *arguments, counts) for _ in range(threads - 1)]
     try:
-        kernel(*arguments, counters)
+        kernel(*arguments, counts)
     finally:
         for other in others:  # one that has not begun by now finds no task
             if not other.cancel():
