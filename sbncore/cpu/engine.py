@@ -14,7 +14,7 @@ from sbncore.cpu.lanes import LANES
 from sbncore.layout import Layout
 from sbncore.plans import Runs
 
-SEGMENT, SHORT_SEGMENT = 16384, 2048  # elements of a sample that a task goes over at once, channels-first
+SEGMENT, SHORT_SEGMENT = 65536, 2048  # elements of a sample that a task goes over at once, channels-first
 SPREAD = 512  # elements of a channel worth summing up
 TILE = 256  # elements of the shortest channels-last row worth a loop
 RUN = 16384  # elements of a channels-last run, which is summed in float32
