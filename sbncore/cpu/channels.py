@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sbncore.cpu.compiled import inner
+from sbncore.cpu.compiled import inner, loop
 from sbncore.cpu.elements import cast, load, store, zero
 
 
@@ -52,7 +52,7 @@ def spots_of(begin, length, C, S, last):
     return spots
 
 
-@inner()
+@loop()
 def shift_of(x, spots, channel):
     """The mean of a few values of the channel that is ``channel`` elements behind the first.
 
@@ -64,7 +64,7 @@ def shift_of(x, spots, channel):
     return shift
 
 
-@inner()
+@loop()
 def finish_moments(values, sums, c0, c1):
     """values[0], values[1] = mean and var of channels c0 .. c1-1.
 
@@ -77,7 +77,7 @@ def finish_moments(values, sums, c0, c1):
         values[1, c] = 0.0 if var < 0 else var
 
 
-@inner()
+@loop()
 def finish_forward(values, x, parameters, c0, c1):
     """Mix the moments of channels c0 .. c1-1 with the prior, move the running statistics, fill in values."""
     (
@@ -109,7 +109,7 @@ def finish_forward(values, x, parameters, c0, c1):
             store(running_var, c, cast(running_var, before + factor * (unbiased * var - before)))
 
 
-@inner()
+@loop()
 def finish_backward(total, sums, values, dweight, dbias, c0, c1):
     """total = dbias and dweight of channels c0 .. c1-1, from the sums of g and g * (x - shift)."""
     for c in range(c0, c1):

@@ -13,8 +13,6 @@ Loops fill arrays element by element: slices would take seconds more to compile.
 from __future__ import annotations
 
 import numpy as np
-from numba import types
-from numba.extending import overload
 
 from sbncore.cpu.channels import (
     finish_backward,
@@ -24,9 +22,9 @@ from sbncore.cpu.channels import (
     slopes_of,
     spots_of,
 )
-from sbncore.cpu.compiled import inner, jit
+from sbncore.cpu.compiled import jit, loop
 from sbncore.cpu.counters import DONE, FIRST, SECOND
-from sbncore.cpu.elements import zero
+from sbncore.cpu.elements import sample_of, zero
 from sbncore.cpu.lanes import LANES, aligned, fence, load_lanes, store_lanes, total
 from sbncore.cpu.rows import CHUNK, repair_few, repair_vector, sums_vector
 from sbncore.cpu.segments import (
@@ -42,21 +40,10 @@ FLUSH = CHUNK // LANES  # values that a lane sums up in float32
 AHEAD = 512  # elements: how long before they are used scattered runs are fetched
 
 
-def sample_of(array, n, size):
-    """The n-th of an array's samples; None of None."""
-
-
-@overload(sample_of)
-def _sample_of(array, n, size):
-    if isinstance(array, types.Array):
-        return lambda array, n, size: array[n * size : (n + 1) * size]
-    return lambda array, n, size: None
-
-
-@inner()
-def mask_of(mask, n, C, S):
-    """The n-th sample's words of a mask."""
-    return sample_of(mask, n, 2 * ((C * S + LANES - 1) // LANES))
+@loop()
+def mask_bytes(C, S):
+    """How many bytes of a mask a sample has."""
+    return 2 * ((C * S + LANES - 1) // LANES)
 
 
 @jit()
@@ -103,7 +90,7 @@ def forward(
         fence()
 
 
-@inner()
+@loop()
 def lines(length):
     """Elements in the cache lines of runs, about."""
     elements = 0
@@ -112,30 +99,31 @@ def lines(length):
     return elements
 
 
-@inner()
+@loop()
 def clear(array):
     for k in range(array.shape[0]):
         for i in range(array.shape[1]):
             array[k, i] = 0
 
 
-@inner()
+@loop()
 def normalize(y, mask, x, residual, values, n0, n1, c0, c1, relu, stream, C, S):
     """The pass that writes, over segments of samples n0 .. n1-1."""
     for n in range(n0, n1):
         normalize_segment(
-            sample_of(y, n, C * S), mask_of(mask, n, C, S), sample_of(x, n, C * S),
+            sample_of(y, n, C * S), sample_of(mask, n, mask_bytes(C, S)), sample_of(x, n, C * S),
             sample_of(residual, n, C * S), values, c0, c1, S, relu, stream,
         )  # fmt: skip
 
 
-@inner()
+@loop()
 def add_runs(sums, lanes, dy, x, mask, values, begin, length, weight, scale, relu, c0, c1, C, S):
     """Add the sums of g and g * (x - shift) over the runs, each times its weight and ``scale``."""
     held = 0  # what each lane has summed up
     for r in range(len(begin)):
         n, p, whole = begin[r] // S, weight[r] * scale, length[r] == S
-        source, upper, bits = sample_of(x, n, C * S), sample_of(dy, n, C * S), mask_of(mask, n, C, S)
+        source, upper = sample_of(x, n, C * S), sample_of(dy, n, C * S)
+        bits = sample_of(mask, n, mask_bytes(C, S))
         held += (length[r] + LANES - 1) // LANES
         last = held >= FLUSH or r == len(begin) - 1 or weight[r + 1] != weight[r]
         if whole:
@@ -152,7 +140,7 @@ def add_runs(sums, lanes, dy, x, mask, values, begin, length, weight, scale, rel
         held = 0 if last else held
 
 
-@inner()
+@loop()
 def add_run(lanes, dy, x, mask, values, first, length, c0, c1, relu, S):
     """Add a run of every channel to its lanes: sums of each alone take twice as long."""
     ahead, whole = S * (1 + AHEAD // length), length & -LANES
@@ -177,7 +165,7 @@ def add_run(lanes, dy, x, mask, values, first, length, c0, c1, relu, S):
         store_lanes(lanes[1], i, b, None, None)
 
 
-@inner()
+@loop()
 def flush(sums, lanes, p, channels):
     """Add p times what every channel's lanes hold to its sums, and begin anew."""
     for k in range(2):
@@ -252,7 +240,7 @@ def backward(
         fence()
 
 
-@inner()
+@loop()
 def add(sums, lanes, dx, dresidual, dy, x, mask, values, n0, n1, c0, c1, relu, stream, C, S):
     """Add the sums over samples n0 .. n1-1; dx = scale * g, dresidual = g where given."""
     often = max(1, CHUNK // S)
@@ -260,23 +248,24 @@ def add(sums, lanes, dx, dresidual, dy, x, mask, values, n0, n1, c0, c1, relu, s
         last = n == n1 - 1 or (n - n0) % often == often - 1
         sums_segment(
             sums, lanes, 1.0, last, sample_of(dx, n, C * S), sample_of(dresidual, n, C * S),
-            sample_of(dy, n, C * S), sample_of(x, n, C * S), mask_of(mask, n, C, S), values, c0, c1, S, relu,
-            stream,
+            sample_of(dy, n, C * S), sample_of(x, n, C * S), sample_of(mask, n, mask_bytes(C, S)), values, c0,
+            c1, S, relu, stream,
         )  # fmt: skip
 
 
-@inner()
+@loop()
 def write(dx, dresidual, dy, x, mask, values, slopes, n0, n1, c0, c1, relu, stream, C, S):
     """dx, dresidual of samples n0 .. n1-1, with p in the slopes, or without slopes where it is 0."""
     if dx is not None or dresidual is not None:
         for n in range(n0, n1):
             repair_segment(
                 sample_of(dx, n, C * S), sample_of(dresidual, n, C * S), sample_of(dy, n, C * S),
-                sample_of(x, n, C * S), mask_of(mask, n, C, S), values, slopes, c0, c1, S, relu, stream,
+                sample_of(x, n, C * S), sample_of(mask, n, mask_bytes(C, S)), values, slopes, c0, c1, S, relu,
+                stream,
             )  # fmt: skip
 
 
-@inner()
+@loop()
 def repair_run(dx, dy, x, mask, values, slopes, place, length, c0, c1, relu, C, S):
     """Write dx in a run of every channel, with p in the slopes.
 
@@ -284,7 +273,7 @@ def repair_run(dx, dy, x, mask, values, slopes, place, length, c0, c1, relu, C, 
     one, its vector lies within the block's memory, and its other elements stay.
     """
     n = place // S
-    target, bits = sample_of(dx, n, C * S), mask_of(mask, n, C, S)
+    target, bits = sample_of(dx, n, C * S), sample_of(mask, n, mask_bytes(C, S))
     source, upper = sample_of(x, n, C * S), sample_of(dy, n, C * S)
     ahead, first = S * (1 + AHEAD // length), place - n * S
     for c in range(c0, c1):

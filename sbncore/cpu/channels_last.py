@@ -21,7 +21,7 @@ from sbncore.cpu.channels import (
     spots_of,
 )
 from sbncore.cpu.channels_first import clear
-from sbncore.cpu.compiled import inner, jit
+from sbncore.cpu.compiled import inner, jit, loop
 from sbncore.cpu.counters import DONE, FINISHED, FIRST, LAST, SECOND, THIRD, WRITTEN
 from sbncore.cpu.elements import cast, zero
 from sbncore.cpu.lanes import aligned, fence
@@ -78,7 +78,7 @@ def forward(
         fence()
 
 
-@inner()
+@loop()
 def repeat(row, C):
     """Fill a row with its first C elements, over and over."""
     for i in range(C, len(row)):
@@ -95,7 +95,7 @@ def coefficients_in(rows, values, C):
     return rows[0], rows[1], rows[2]
 
 
-@inner()
+@loop()
 def collect(sums, partial, tasks, c0, c1):
     """The sums of channels c0 .. c1-1, of all tasks' partial ones."""
     clear(sums)
@@ -134,7 +134,7 @@ def add_runs(
         claim(counters, DONE)
 
 
-@inner()
+@loop()
 def add_places(rows, dx, dresidual, dy, x, mask, shift, scale, offset, p0, p1, relu, stream, C, tile):
     """Add g and g * (x - shift) of places to the last two rows; dx = scale * g, dresidual = g where given."""
     for o in range(p0 * C, p1 * C, tile * C):
@@ -144,7 +144,7 @@ def add_places(rows, dx, dresidual, dy, x, mask, shift, scale, offset, p0, p1, r
         )  # fmt: skip
 
 
-@inner()
+@loop()
 def flush(partial, t, rows, p, C, tile):
     """Add p times the last two rows to a task's partial sums, and begin anew."""
     for k in range(2):
@@ -238,7 +238,7 @@ def backward(
         fence()
 
 
-@inner()
+@loop()
 def write(dx, dresidual, dy, x, mask, shift, scale, offset, k0, k1, p, p0, p1, relu, stream, C, tile):
     """dx = scale * g - p * (k0 + k1 * (x - shift)), dresidual = g, of some places."""
     p = cast(x, p)

@@ -14,6 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
+from numba.np import arrayobj
 
 FLOAT16, BFLOAT16 = types.int16, types.uint16
 I16, I32, HALF, FLOAT = ir.IntType(16), ir.IntType(32), ir.HalfType(), ir.FloatType()
@@ -83,6 +84,24 @@ def store(typingctx: Any, array: Any, index: Any, value: Any) -> tuple[Any, Call
         return context.get_dummy_value()
 
     return types.void(array, types.intp, compute_type(array)), codegen
+
+
+@intrinsic
+def sample_of(typingctx: Any, array: Any, n: Any, size: Any) -> tuple[Any, Callable[..., Any]]:
+    """The n-th of an array's samples of that size, in memory that others keep alive; None of None."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        if not isinstance(array, types.Array):
+            return context.get_dummy_value()
+        whole, view = (context.make_array(array)(context, builder, *value) for value in ((args[0],), ()))
+        first = builder.mul(args[1], args[2])
+        arrayobj.populate_array(
+            view, cgutils.gep_inbounds(builder, whole.data, first), [args[2]], whole.strides, whole.itemsize,
+            ir.Constant(cgutils.voidptr_t, None),
+        )  # fmt: skip
+        return view._getvalue()
+
+    return array(array, types.intp, types.intp), codegen
 
 
 def zero(array):

@@ -19,7 +19,7 @@ Arrays that may be missing, and relu, are None or not at compile time, which pru
 
 from __future__ import annotations
 
-from sbncore.cpu.compiled import inner
+from sbncore.cpu.compiled import loop
 from sbncore.cpu.lanes import (
     LANES,
     above_zero,
@@ -38,7 +38,7 @@ CHUNK = 4096  # elements that are summed in float32, 16 ways
 NEAR = 512  # elements: how long before they are used those of a pass are fetched
 
 
-@inner()
+@loop()
 def gradient(dy, x, mask, v, w, i, shift, scale, offset, relu, keep):
     """g, dy behind the activation, and x - shift; without a dy g is that too: its sums are the moments."""
     deviation = load_lanes(x, v, keep) - at(shift, i, keep)
@@ -53,7 +53,7 @@ def gradient(dy, x, mask, v, w, i, shift, scale, offset, relu, keep):
     return g, deviation
 
 
-@inner()
+@loop()
 def edge(o, end, k):
     """The first (k = 0) or last vector of a row that is written, and its lanes, if they are not all of it."""
     v = (o if k == 0 else end) & -LANES
@@ -61,14 +61,14 @@ def edge(o, end, k):
     return partial, v, (max(0, o - v), min(LANES, end - v))
 
 
-@inner()
+@loop()
 def fetch(a, b, v):
     if a is not None:
         prefetch(a, v)
     prefetch(b, v)
 
 
-@inner()
+@loop()
 def sums_vector(dx, dresidual, dy, x, mask, v, w, shift, scale, offset, relu, stream, ahead, keep):
     fetch(dy, x, v + ahead)
     g, deviation = gradient(dy, x, mask, v, w, 0, shift, scale, offset, relu, keep)
@@ -79,7 +79,7 @@ def sums_vector(dx, dresidual, dy, x, mask, v, w, shift, scale, offset, relu, st
     return g, g * deviation
 
 
-@inner()
+@loop()
 def add_vector(
     totals, dx, dresidual, dy, x, mask, v, i, shift, scale, offset, relu, stream, ahead, keep
 ):  # fmt: skip
@@ -93,7 +93,7 @@ def add_vector(
     store_lanes(totals[1], i, load_lanes(totals[1], i, keep) + g * deviation, keep, None)
 
 
-@inner(forceinline=True)
+@loop(forceinline=True)
 def add_row(totals, dx, dresidual, dy, x, mask, o, end, shift, scale, offset, relu, stream, ahead):
     """Add g and g * (x - shift) of each element to totals; dx = scale * g, dresidual = g where given."""
     whole = o + ((end - o) & -LANES)
@@ -109,7 +109,7 @@ def add_row(totals, dx, dresidual, dy, x, mask, o, end, shift, scale, offset, re
         )  # fmt: skip
 
 
-@inner(forceinline=True)
+@loop(forceinline=True)
 def sum_of(array, o, end):
     """The sum of an array's elements o .. end-1, in float64."""
     result = 0.0
@@ -121,7 +121,7 @@ def sum_of(array, o, end):
     return result
 
 
-@inner()
+@loop()
 def normalize_vector(y, mask, x, residual, v, w, i, shift, scale, offset, relu, stream, ahead, keep):
     fetch(residual, x, v + ahead)
     z = (load_lanes(x, v, keep) - at(shift, i, keep)) * at(scale, i, keep) + at(offset, i, keep)
@@ -135,7 +135,7 @@ def normalize_vector(y, mask, x, residual, v, w, i, shift, scale, offset, relu, 
     store_lanes(y, v, z, keep, stream)
 
 
-@inner(forceinline=True)
+@loop(forceinline=True)
 def normalize_row(y, mask, x, residual, w, o, end, shift, scale, offset, relu, stream, ahead):
     """y = act(z), and where there is a mask the bits of z > 0."""
     for v in range((o + LANES - 1) & -LANES, end & -LANES, LANES):
@@ -148,7 +148,7 @@ def normalize_row(y, mask, x, residual, w, o, end, shift, scale, offset, relu, s
             )
 
 
-@inner()
+@loop()
 def repair_vector(
     dx, dresidual, dy, x, mask, v, w, i, shift, scale, offset, k0, k1, p, relu, stream, ahead, keep
 ):  # fmt: skip
@@ -164,7 +164,7 @@ def repair_vector(
         store_lanes(dresidual, v, g, keep, stream)
 
 
-@inner()
+@loop()
 def repair_few(dx, dy, x, mask, v, first, end, shift, scale, offset, k0, k1, relu, ahead):
     """`repair_vector` of lanes first .. end-1, with p in k0 and k1; the others are written as they are."""
     fetch(x, dy, v + ahead)
@@ -173,7 +173,7 @@ def repair_few(dx, dy, x, mask, v, first, end, shift, scale, offset, k0, k1, rel
     store_lanes(dx, v, blend(first, before, blend(end, d, before)), None, None)
 
 
-@inner(forceinline=True)
+@loop(forceinline=True)
 def repair_row(dx, dresidual, dy, x, mask, w, o, end, shift, scale, offset, k0, k1, p, relu, stream, ahead):
     """dx = scale * g - p * (k0 + k1 * (x - shift)), or scale * g without a k0; dresidual = g."""
     for v in range((o + LANES - 1) & -LANES, end & -LANES, LANES):

@@ -14,13 +14,13 @@ from __future__ import annotations
 from numba import types
 from numba.extending import overload
 
-from sbncore.cpu.compiled import inner
+from sbncore.cpu.compiled import loop
 from sbncore.cpu.elements import cast
 from sbncore.cpu.lanes import LANES, at, blend, load_lanes, nothing, store_lanes, total, where
 from sbncore.cpu.rows import CHUNK, NEAR, normalize_vector, repair_vector, sums_vector
 
 
-@inner(forceinline=True)
+@loop(forceinline=True)
 def coefficients_of(x, values, c):
     """shift, scale and offset of a channel."""
     shift, scale, offset = cast(x, values[3, c]), cast(x, values[4, c]), cast(x, values[5, c])
@@ -38,13 +38,13 @@ def _slopes_at(x, slopes, k):
     return lambda x, slopes, k: (None, None)
 
 
-@inner(forceinline=True)
+@loop(forceinline=True)
 def blended(k, before, after):
     """Coefficients of which the first k lanes are of one channel, the others of the next."""
     return blend(k, before[0], after[0]), blend(k, before[1], after[1]), blend(k, before[2], after[2])
 
 
-@inner()
+@loop()
 def normalize_segment(y, mask, x, residual, values, c0, c1, S, relu, stream):
     """y = act(z), and where there is a mask the bits of z > 0."""
     ahead = NEAR if stream else 0
@@ -67,7 +67,7 @@ def normalize_segment(y, mask, x, residual, values, c0, c1, S, relu, stream):
         normalize_vector(y, mask, x, residual, v, 0, 0, now[0], now[1], now[2], relu, stream, ahead, keep)
 
 
-@inner()
+@loop()
 def sums_segment(
     sums, lanes, p, flushes, dx, dresidual, dy, x, mask, values, c0, c1, S, relu, stream
 ):  # fmt: skip
@@ -127,7 +127,7 @@ def sums_segment(
         store_lanes(second, k * LANES, b, None, None)
 
 
-@inner()
+@loop()
 def repair_segment(dx, dresidual, dy, x, mask, values, slopes, c0, c1, S, relu, stream):
     """dx = scale * g - (k0 + k1 * (x - shift)), with p in the slopes, or scale * g without; dresidual = g."""
     ahead = NEAR if stream else 0

@@ -15,10 +15,10 @@ from sbncore.cpu.channels import (
     slopes_of,
     spots_of,
 )
-from sbncore.cpu.channels_first import add_run, clear, flush, mask_of, sample_of
-from sbncore.cpu.compiled import inner, jit
+from sbncore.cpu.channels_first import add_run, clear, flush, mask_bytes
+from sbncore.cpu.compiled import jit, loop
 from sbncore.cpu.counters import FIRST
-from sbncore.cpu.elements import cast, zero
+from sbncore.cpu.elements import cast, sample_of, zero
 from sbncore.cpu.lanes import LANES, aligned, fence
 from sbncore.cpu.rows import add_row, normalize_row, repair_row, sum_of
 from sbncore.cpu.tasks import claim
@@ -59,7 +59,7 @@ def forward(
                 spell(rows[k], values[3 + k], c0, c1, S)
             for n in range(N):
                 normalize_row(
-                    sample_of(y, n, C * S), mask_of(mask, n, C, S), sample_of(x, n, C * S),
+                    sample_of(y, n, C * S), sample_of(mask, n, mask_bytes(C, S)), sample_of(x, n, C * S),
                     sample_of(residual, n, C * S), 0, c0 * S, c1 * S, shift, scale, offset, relu, stream,
                     C * S,
                 )  # fmt: skip
@@ -67,7 +67,7 @@ def forward(
         fence()
 
 
-@inner()
+@loop()
 def spell(row, values, c0, c1, S):
     """row = a block's values, each S times over."""
     for c in range(c0, c1):
@@ -75,7 +75,7 @@ def spell(row, values, c0, c1, S):
             row[i] = values[c]
 
 
-@inner()
+@loop()
 def add_runs(
     sums, lanes, dy, x, mask, values, shift, scale, offset, begin, length, weight, times, relu, c0, c1, C, S
 ):  # fmt: skip
@@ -83,7 +83,8 @@ def add_runs(
     held = 0  # runs not yet in sums
     for r in range(len(begin)):
         n, p, whole = begin[r] // S, weight[r] * times, length[r] == S
-        source, upper, bits = sample_of(x, n, C * S), sample_of(dy, n, C * S), mask_of(mask, n, C, S)
+        source, upper = sample_of(x, n, C * S), sample_of(dy, n, C * S)
+        bits = sample_of(mask, n, mask_bytes(C, S))
         held += 1
         last = held == FLUSH or r == len(begin) - 1
         last = last or weight[r + 1] != weight[r] or length[r + 1] != length[r]
@@ -102,7 +103,7 @@ def add_runs(
                 flush(sums, lanes, p, c1 - c0)
 
 
-@inner()
+@loop()
 def flush_rows(sums, totals, p, channels, S):
     """Add p times the totals of every channel's S elements to its sums, and begin anew."""
     for k in range(2):
@@ -141,7 +142,8 @@ def backward(
             for n in range(N):
                 add_row(
                     (lanes[0], lanes[1]), None, None, sample_of(dy, n, C * S), sample_of(x, n, C * S),
-                    mask_of(mask, n, C, S), c0 * S, c1 * S, shift, times, offset, relu, False, C * S,
+                    sample_of(mask, n, mask_bytes(C, S)), c0 * S, c1 * S, shift, times, offset, relu, False,
+                    C * S,
                 )  # fmt: skip
                 if n == N - 1 or n % FLUSH == FLUSH - 1:
                     flush_rows(sums, lanes, 1.0, c1 - c0, S)
@@ -157,14 +159,14 @@ def backward(
             r = spell_weights(p, begin, length, weight, r if repairs else len(begin), n, c1 - c0, S)
             repair_row(
                 sample_of(dx, n, C * S), sample_of(dresidual, n, C * S), sample_of(dy, n, C * S),
-                sample_of(x, n, C * S), mask_of(mask, n, C, S), 0, c0 * S, c1 * S, shift, times, offset, k0,
-                k1, p, relu, stream, C * S,
+                sample_of(x, n, C * S), sample_of(mask, n, mask_bytes(C, S)), 0, c0 * S, c1 * S, shift, times,
+                offset, k0, k1, p, relu, stream, C * S,
             )  # fmt: skip
     if stream and writes:
         fence()
 
 
-@inner()
+@loop()
 def spell_weights(row, begin, length, weight, r, n, channels, S):
     """row = p of sample n for every element of a segment, from run r on; return the next sample's first."""
     for i in range(len(row)):

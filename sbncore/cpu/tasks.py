@@ -10,7 +10,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from sbncore.cpu.compiled import inner
+from sbncore.cpu.compiled import loop
 from sbncore.cpu.elements import pointer
 
 SPINS = 1000
@@ -41,7 +41,7 @@ def counted(typingctx: Any, counters: Any, k: Any) -> tuple[Any, Callable[..., A
     return types.int64(counters, types.intp), codegen
 
 
-@inner()
+@loop()
 def nowhere():
     return 0
 
@@ -50,7 +50,7 @@ def nowhere():
 give_way = types.ExternalFunction("sched_yield", types.int32()) if os.name == "posix" else nowhere
 
 
-@inner()
+@loop()
 def wait(counters, k, count):
     """Wait until counter ``k``, which threads that run count up, has come to ``count``."""
     spins = 0
