@@ -338,7 +338,7 @@ def _word(context: Any, builder: Any, mask: Any, value: Any, word: Any) -> Any:
 
 
 def _fenced(builder: Any, value: Any) -> Any:
-    """The bits of 16 halves as floats, narrowed already: one instruction that narrows and stores streams not."""
+    """The bits of 16 halves as floats, narrowed already: what narrows and stores in one does not stream."""
     kind = ir.VectorType(FLOAT, LANES // 2)
     fence = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(kind, [kind]), f"llvm.arithmetic.fence.v{LANES // 2}f32"
