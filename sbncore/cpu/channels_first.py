@@ -7,6 +7,9 @@ and the few places drawn are blocks' tasks, before a forward's sweep and behind 
 phases threads wait for each other. What a task is depends on the shape alone, and all sums of a channel are
 added in one order: results do not depend on the threads.
 
+What a pass will read ``ahead`` by so many elements is fetched meanwhile: a little further on in a sweep, else
+in the next sample, since the CPU foresees no jumps.
+
 Loops fill arrays element by element: slices would take seconds more to compile.
 """
 
@@ -26,7 +29,7 @@ from sbncore.cpu.compiled import jit, loop
 from sbncore.cpu.counters import DONE, FIRST, SECOND
 from sbncore.cpu.elements import sample_of, zero
 from sbncore.cpu.lanes import LANES, aligned, fence, load_lanes, store_lanes, total
-from sbncore.cpu.rows import CHUNK, repair_few, repair_vector, sums_vector
+from sbncore.cpu.rows import CHUNK, NEAR, repair_few, repair_vector, sums_vector
 from sbncore.cpu.segments import (
     coefficients_of,
     normalize_segment,
@@ -74,7 +77,7 @@ def forward(
         finish_moments(values, sums, c0, c1)
         finish_forward(values, x, parameters, c0, c1)
         if y is not None and at_once:
-            normalize(y, mask, x, residual, values, 0, N, c0, c1, relu, stream, C, S)
+            normalize(y, mask, x, residual, values, 0, N, c0, c1, relu, stream, C * S, C, S)
         claim(counters, DONE)
     if y is not None and not at_once:
         wait(counters, DONE, -(-C // block))
@@ -85,7 +88,8 @@ def forward(
             if n0 >= N:
                 break
             n1, c1 = min(N, n0 + spread), min(C, c0 + sweep)
-            normalize(y, mask, x, residual, values, n0, n1, c0, c1, relu, stream, C, S)
+            near = NEAR if stream else 0
+            normalize(y, mask, x, residual, values, n0, n1, c0, c1, relu, stream, near, C, S)
     if stream:
         fence()
 
@@ -107,12 +111,12 @@ def clear(array):
 
 
 @loop()
-def normalize(y, mask, x, residual, values, n0, n1, c0, c1, relu, stream, C, S):
+def normalize(y, mask, x, residual, values, n0, n1, c0, c1, relu, stream, ahead, C, S):
     """The pass that writes, over segments of samples n0 .. n1-1."""
     for n in range(n0, n1):
         normalize_segment(
             sample_of(y, n, C * S), sample_of(mask, n, mask_bytes(C, S)), sample_of(x, n, C * S),
-            sample_of(residual, n, C * S), values, c0, c1, S, relu, stream,
+            sample_of(residual, n, C * S), values, c0, c1, S, relu, stream, ahead,
         )  # fmt: skip
 
 
@@ -128,7 +132,7 @@ def add_runs(sums, lanes, dy, x, mask, values, begin, length, weight, scale, rel
         last = held >= FLUSH or r == len(begin) - 1 or weight[r + 1] != weight[r]
         if whole:
             sums_segment(
-                sums, lanes, p, last, None, None, upper, source, bits, values, c0, c1, S, relu, False
+                sums, lanes, p, last, None, None, upper, source, bits, values, c0, c1, S, relu, False, C * S
             )
         else:
             first = begin[r] - n * S
@@ -203,10 +207,10 @@ def backward(
             g, c0 = t // across, t % across * sweep
             n0, n1, c1 = g * spread, min(N, (g + 1) * spread), min(C, c0 + sweep)
             if sampled is not None:
-                write(dx, dresidual, dy, x, mask, values, None, n0, n1, c0, c1, relu, stream, C, S)
+                write(dx, dresidual, dy, x, mask, values, None, n0, n1, c0, c1, relu, stream, NEAR, C, S)
             else:
                 clear(sums)
-                add(sums, lanes, dx, dresidual, dy, x, mask, values, n0, n1, c0, c1, relu, stream, C, S)
+                add(sums, lanes, dx, dresidual, dy, x, mask, values, n0, n1, c0, c1, relu, stream, NEAR, C, S)
                 for k in range(2):
                     for c in range(c0, c1):
                         partial[k, g, c] = sums[k, c - c0]
@@ -221,7 +225,7 @@ def backward(
         if sampled is not None:
             add_runs(sums, lanes, dy, x, mask, values, begin, length, weight, scale, relu, c0, c1, C, S)
         elif at_once and scale >= 0:
-            add(sums, lanes, None, None, dy, x, mask, values, 0, N, c0, c1, relu, False, C, S)
+            add(sums, lanes, None, None, dy, x, mask, values, 0, N, c0, c1, relu, False, C * S, C, S)
         elif scale >= 0:
             for g in range(partial.shape[1]):
                 for k in range(2):
@@ -231,7 +235,7 @@ def backward(
             finish_backward(total, sums, values, dweight, dbias, c0, c1)
         if at_once:
             slopes = slopes_of(total, values, weight[0], c0, c1)
-            write(dx, dresidual, dy, x, mask, values, slopes, 0, N, c0, c1, relu, stream, C, S)
+            write(dx, dresidual, dy, x, mask, values, slopes, 0, N, c0, c1, relu, stream, C * S, C, S)
         elif dx is not None and repairs:
             for r in range(len(begin)):
                 slopes = slopes_of(total, values, weight[r], c0, c1)
@@ -241,7 +245,7 @@ def backward(
 
 
 @loop()
-def add(sums, lanes, dx, dresidual, dy, x, mask, values, n0, n1, c0, c1, relu, stream, C, S):
+def add(sums, lanes, dx, dresidual, dy, x, mask, values, n0, n1, c0, c1, relu, stream, ahead, C, S):
     """Add the sums over samples n0 .. n1-1; dx = scale * g, dresidual = g where given."""
     often = max(1, CHUNK // S)
     for n in range(n0, n1):
@@ -249,19 +253,19 @@ def add(sums, lanes, dx, dresidual, dy, x, mask, values, n0, n1, c0, c1, relu, s
         sums_segment(
             sums, lanes, 1.0, last, sample_of(dx, n, C * S), sample_of(dresidual, n, C * S),
             sample_of(dy, n, C * S), sample_of(x, n, C * S), sample_of(mask, n, mask_bytes(C, S)), values, c0,
-            c1, S, relu, stream,
+            c1, S, relu, stream, ahead,
         )  # fmt: skip
 
 
 @loop()
-def write(dx, dresidual, dy, x, mask, values, slopes, n0, n1, c0, c1, relu, stream, C, S):
+def write(dx, dresidual, dy, x, mask, values, slopes, n0, n1, c0, c1, relu, stream, ahead, C, S):
     """dx, dresidual of samples n0 .. n1-1, with p in the slopes, or without slopes where it is 0."""
     if dx is not None or dresidual is not None:
         for n in range(n0, n1):
             repair_segment(
                 sample_of(dx, n, C * S), sample_of(dresidual, n, C * S), sample_of(dy, n, C * S),
                 sample_of(x, n, C * S), sample_of(mask, n, mask_bytes(C, S)), values, slopes, c0, c1, S, relu,
-                stream,
+                stream, ahead,
             )  # fmt: skip
 
 

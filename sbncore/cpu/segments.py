@@ -17,7 +17,7 @@ from numba.extending import overload
 from sbncore.cpu.compiled import loop
 from sbncore.cpu.elements import cast
 from sbncore.cpu.lanes import LANES, at, blend, load_lanes, nothing, store_lanes, total, where
-from sbncore.cpu.rows import CHUNK, NEAR, normalize_vector, repair_vector, sums_vector
+from sbncore.cpu.rows import CHUNK, normalize_vector, repair_vector, sums_vector
 
 
 @loop(forceinline=True)
@@ -45,9 +45,8 @@ def blended(k, before, after):
 
 
 @loop()
-def normalize_segment(y, mask, x, residual, values, c0, c1, S, relu, stream):
+def normalize_segment(y, mask, x, residual, values, c0, c1, S, relu, stream, ahead):
     """y = act(z), and where there is a mask the bits of z > 0."""
-    ahead = NEAR if stream else 0
     now = coefficients_of(x, values, c0)
     v, end = c0 * S, c0 * S
     for c in range(c0, c1):
@@ -69,13 +68,12 @@ def normalize_segment(y, mask, x, residual, values, c0, c1, S, relu, stream):
 
 @loop()
 def sums_segment(
-    sums, lanes, p, flushes, dx, dresidual, dy, x, mask, values, c0, c1, S, relu, stream
+    sums, lanes, p, flushes, dx, dresidual, dy, x, mask, values, c0, c1, S, relu, stream, ahead
 ):  # fmt: skip
     """Add g and g * (x - shift) to each channel's lanes, and if it ``flushes`` p times those to its sums.
 
     dx = scale * g, dresidual = g where given. Without a dy g is x - shift.
     """
-    ahead = NEAR
     first, second = lanes[0], lanes[1]
     now = coefficients_of(x, values, c0)
     v, end = c0 * S, c0 * S
@@ -128,9 +126,8 @@ def sums_segment(
 
 
 @loop()
-def repair_segment(dx, dresidual, dy, x, mask, values, slopes, c0, c1, S, relu, stream):
+def repair_segment(dx, dresidual, dy, x, mask, values, slopes, c0, c1, S, relu, stream, ahead):
     """dx = scale * g - (k0 + k1 * (x - shift)), with p in the slopes, or scale * g without; dresidual = g."""
-    ahead = NEAR if stream else 0
     now, bent = coefficients_of(x, values, c0), slopes_at(x, slopes, 0)
     v, end = c0 * S, c0 * S
     for c in range(c0, c1):
