@@ -27,7 +27,7 @@ from sbncore.cpu.channels import (
 )
 from sbncore.cpu.compiled import jit, loop
 from sbncore.cpu.counters import DONE, FIRST, SECOND
-from sbncore.cpu.elements import sample_of, zero
+from sbncore.cpu.elements import cast, sample_of, zero
 from sbncore.cpu.lanes import LANES, aligned, fence, load_lanes, store_lanes, total
 from sbncore.cpu.rows import CHUNK, NEAR, repair_few, repair_vector, sums_vector
 from sbncore.cpu.segments import (
@@ -40,6 +40,7 @@ from sbncore.cpu.segments import (
 from sbncore.cpu.tasks import claim, wait
 
 FLUSH = CHUNK // LANES  # values that a lane sums up in float32
+WORTH = 100  # elements that are read twice in the time that the repair of one run takes
 AHEAD = 512  # elements: how long before they are used scattered runs are fetched
 
 
@@ -194,7 +195,10 @@ def backward(
     writes = dx is not None or dresidual is not None
     if writes:
         stream = stream and aligned(dx) and aligned(dresidual)
-    at_once = writes and repairs and full  # sums, then all of it is written, from a cache
+    # sums, then all of it is written, from a cache
+    at_once = writes and repairs and (full or N * S < WORTH * len(begin))
+    turn = 0 if full else 1
+    weights = np.full(LANES + turn * (S + LANES), cast(x, weight[0] if full else 0.0))
     size = max(block, sweep)
     sums, lanes = np.empty((2, size)), np.full((2, size * LANES), zero(x))
     if not at_once and scale >= 0:
@@ -207,7 +211,11 @@ def backward(
             g, c0 = t // across, t % across * sweep
             n0, n1, c1 = g * spread, min(N, (g + 1) * spread), min(C, c0 + sweep)
             if sampled is not None:
-                write(dx, dresidual, dy, x, mask, values, None, n0, n1, c0, c1, relu, stream, NEAR, C, S)
+                for n in range(n0, n1):
+                    write(
+                        dx, dresidual, dy, x, mask, values, None, weights, turn, n, c0, c1, relu, stream,
+                        NEAR, C, S,
+                    )  # fmt: skip
             else:
                 clear(sums)
                 add(sums, lanes, dx, dresidual, dy, x, mask, values, n0, n1, c0, c1, relu, stream, NEAR, C, S)
@@ -234,8 +242,14 @@ def backward(
         if scale >= 0:
             finish_backward(total, sums, values, dweight, dbias, c0, c1)
         if at_once:
-            slopes = slopes_of(total, values, weight[0], c0, c1)
-            write(dx, dresidual, dy, x, mask, values, slopes, 0, N, c0, c1, relu, stream, C * S, C, S)
+            r, slopes = 0, slopes_of(total, values, 1.0, c0, c1)
+            for n in range(N):
+                if not full:
+                    r = spell_weights(weights, begin, length, weight, r, n, S)
+                write(
+                    dx, dresidual, dy, x, mask, values, slopes, weights, turn, n, c0, c1, relu, stream, C * S,
+                    C, S,
+                )  # fmt: skip
         elif dx is not None and repairs:
             for r in range(len(begin)):
                 slopes = slopes_of(total, values, weight[r], c0, c1)
@@ -258,15 +272,31 @@ def add(sums, lanes, dx, dresidual, dy, x, mask, values, n0, n1, c0, c1, relu, s
 
 
 @loop()
-def write(dx, dresidual, dy, x, mask, values, slopes, n0, n1, c0, c1, relu, stream, ahead, C, S):
-    """dx, dresidual of samples n0 .. n1-1, with p in the slopes, or without slopes where it is 0."""
+def write(
+    dx, dresidual, dy, x, mask, values, slopes, p, turn, n, c0, c1, relu, stream, ahead, C, S
+):  # fmt: skip
+    """dx and dresidual of a sample's segment; without slopes p is 0."""
     if dx is not None or dresidual is not None:
-        for n in range(n0, n1):
-            repair_segment(
-                sample_of(dx, n, C * S), sample_of(dresidual, n, C * S), sample_of(dy, n, C * S),
-                sample_of(x, n, C * S), sample_of(mask, n, mask_bytes(C, S)), values, slopes, c0, c1, S, relu,
-                stream, ahead,
-            )  # fmt: skip
+        repair_segment(
+            sample_of(dx, n, C * S), sample_of(dresidual, n, C * S), sample_of(dy, n, C * S),
+            sample_of(x, n, C * S), sample_of(mask, n, mask_bytes(C, S)), values, slopes, p, turn, c0, c1, S,
+            relu, stream, ahead,
+        )  # fmt: skip
+
+
+@loop()
+def spell_weights(row, begin, length, weight, r, n, S):
+    """p of sample n as `repair_segment` takes it, from run r on; return the next sample's first run."""
+    for i in range(len(row)):
+        row[i] = 0
+    while r < len(begin) and begin[r] < (n + 1) * S:
+        first = LANES + begin[r] - n * S
+        for i in range(first, first + length[r]):
+            row[i] = weight[r]
+        r += 1
+    for i in range(LANES):  # round the map
+        row[i], row[LANES + S + i] = row[S + i], row[LANES + i]
+    return r
 
 
 @loop()

@@ -126,30 +126,37 @@ def sums_segment(
 
 
 @loop()
-def repair_segment(dx, dresidual, dy, x, mask, values, slopes, c0, c1, S, relu, stream, ahead):
-    """dx = scale * g - (k0 + k1 * (x - shift)), with p in the slopes, or scale * g without; dresidual = g."""
+def repair_segment(
+    dx, dresidual, dy, x, mask, values, slopes, p, turn, c0, c1, S, relu, stream, ahead
+):  # fmt: skip
+    """dx = scale * g - p * (k0 + k1 * (x - shift)), or scale * g without slopes; dresidual = g.
+
+    p holds the map's positions from 16 before the first to 16 behind the last, round (``turn`` is 1), or 16
+    times what it is everywhere (0).
+    """
     now, bent = coefficients_of(x, values, c0), slopes_at(x, slopes, 0)
     v, end = c0 * S, c0 * S
     for c in range(c0, c1):
+        begin = end - LANES
         end += S
         whole = end & -LANES
         for u in range(v, whole, LANES):
             repair_vector(
-                dx, dresidual, dy, x, mask, u, 0, 0, now[0], now[1], now[2], bent[0], bent[1], None, relu,
-                stream, ahead, None,
+                dx, dresidual, dy, x, mask, u, 0, (u - begin) * turn, now[0], now[1], now[2], bent[0],
+                bent[1], p, relu, stream, ahead, None,
             )  # fmt: skip
         v, n, k = whole, min(c + 1, c1 - 1), end - whole
         following, bending = coefficients_of(x, values, n), slopes_at(x, slopes, n - c0)
         if whole < end and c + 1 < c1:
             shift, scale, offset = blended(k, now, following)
             repair_vector(
-                dx, dresidual, dy, x, mask, v, 0, 0, shift, scale, offset, blend(k, bent[0], bending[0]),
-                blend(k, bent[1], bending[1]), None, relu, stream, ahead, None,
+                dx, dresidual, dy, x, mask, v, 0, (v - begin) * turn, shift, scale, offset,
+                blend(k, bent[0], bending[0]), blend(k, bent[1], bending[1]), p, relu, stream, ahead, None,
             )  # fmt: skip
             v += LANES
         elif v < end:
             repair_vector(
-                dx, dresidual, dy, x, mask, v, 0, 0, now[0], now[1], now[2], bent[0], bent[1], None, relu,
-                stream, ahead, (0, k),
+                dx, dresidual, dy, x, mask, v, 0, (v - begin) * turn, now[0], now[1], now[2], bent[0],
+                bent[1], p, relu, stream, ahead, (0, k),
             )  # fmt: skip
         now, bent = following, bending
