@@ -125,6 +125,24 @@ def test_what_is_not_finite_shows_and_passes_the_relu_like_torchs(rng):
     assert np.isfinite(grads.x[:, 0]).all() and np.isnan(grads.x[:, 1]).all()
 
 
+@pytest.mark.parametrize("shape", [(4, 3, 2, 2), (4, 3, 5, 5), (4, 3, 20, 20), (9, 3, 1, 1)])
+@pytest.mark.parametrize("axis", [1, -1])
+def test_an_infinite_gradient_reaches_only_where_the_statistics_are_from(rng, shape, axis):
+    """Of its channel; and through constant statistics only its own place."""
+    x, dy = rng.normal(size=(2, *shape)).astype(np.float32)
+    dy[1, 1, 0, 0] = np.inf
+    ordered = [np.ascontiguousarray(np.moveaxis(array, 1, axis)) for array in (x, dy)]
+    for sampler in (sbn.BatchSampling(2), sbn.NaiveSampling(0.3), sbn.FeatureSampling(1 / 2, "grid")):
+        plan = sampler.plan(shape, step=1)
+        _, saved = sbn.forward(ordered[0], plan=plan, channel_axis=axis)
+        for gradient in ("exact", "detached"):
+            dx = np.moveaxis(sbn.backward(ordered[1], saved, gradient=gradient).x, axis, 1)
+            drawn = plan.weights() > 0 if gradient == "exact" else np.zeros((shape[0], *shape[2:]), bool)
+            drawn[1, 0, 0] = True
+            assert np.isfinite(dx[:, [0, 2]]).all()
+            assert (np.isfinite(dx[:, 1]) == ~drawn).all(), (sampler, gradient)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_halves_are_rounded_to_nearest_even_with_all_their_values(dtype):
     """Evaluation with mean 0 and variance 1 (eps 0) is the identity: all 65536 bit patterns come back."""

@@ -80,7 +80,7 @@ def test_skip_nonfinite_leaves_the_running_statistics_of_that_channel(rng):
     assert np.isfinite(mean).tolist() == [True, False, True]
 
 
-@pytest.mark.parametrize("shape", [(0, 3, 4), (0, 3), (5, 3, 0), (5, 0, 4)])
+@pytest.mark.parametrize("shape", [(0, 3, 4), (0, 3), (5, 3, 0), (5, 0, 4), (5, 0, 16), (5, 0)])
 def test_an_empty_batch_moves_nothing(shape):
     C = shape[1]
     x, mean, var = np.zeros(shape, np.float32), np.full(C, 2, np.float32), np.full(C, 3, np.float32)

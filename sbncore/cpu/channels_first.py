@@ -64,6 +64,7 @@ def forward(
         stream = stream and aligned(y)
     at_once = lines(length) * 2 > N * S
     sums, lanes = np.empty((2, block)), np.full((2, block * LANES), zero(x))
+    spots = spots_of(begin, length, C, S, False)
     while True:
         t = claim(counters, FIRST)
         c0, c1 = t * block, min(C, (t + 1) * block)
@@ -71,7 +72,6 @@ def forward(
             break
         clear(sums)
         if len(begin) > 0:
-            spots = spots_of(begin, length, C, S, False)
             for c in range(c0, c1):
                 values[3, c] = shift_of(x, spots, c * S)
             add_runs(sums, lanes, None, x, None, values, begin, length, weight, weigh, None, c0, c1, C, S)
@@ -188,7 +188,7 @@ def backward(
     """dx = scale * g - p * (k0 + k1 * (x - shift)), where p is not 0 only in the runs; dresidual = g.
 
     The two sums, dbias and dweight, are over everything, or if ``sampled`` over the runs, times ``scale``. If
-    that is below 0 they are given in ``total``, and nothing but dx in the runs is written. ``repairs`` says
+    that is below 0 they are given in ``total``, and dx, which is scale * g, is made right. ``repairs`` says
     whether a gradient flows through the statistics, ``full`` whether the runs are everything. ``partial`` is
     room for the sums of a sweep's tasks.
     """

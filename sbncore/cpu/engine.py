@@ -135,6 +135,8 @@ def forward(
     The runs' weights sum to 1 / ``weigh``; without runs the statistics are the prior's. Without a y the
     statistics are all.
     """
+    if layout.C == 0:
+        return
     stream = y is not None and _streams(y, layout, KEPT * STREAM)
     if not layout.last:
         cut, sizes = cut_first(layout), (layout.N, layout.C, layout.S)
@@ -172,11 +174,11 @@ def backward(
         runs: the places drawn, ``full`` where they are all; none where no gradient flows through the
             statistics.
         scale: 0 for sums over everything; above it, for sums over the runs times it; below, the sums are
-            given in total, and only dx at the runs is written.
+            given in total, and dx, written without them, is made right.
     """
     stream = _streams(x, layout, STREAM)
     repairs = dx is not None and len(runs.begin) > 0
-    sampled = True if scale > 0 else None
+    sampled, full = True if scale > 0 else None, full and len(runs.begin) > 0
     if not layout.last:
         cut, sizes = cut_first(layout), (layout.N, layout.C, layout.S)
         partial = [] if cut.short else [np.empty((2, -(-layout.N // cut.spread), layout.C))]

@@ -149,6 +149,15 @@ def normalize_row(y, mask, x, residual, w, o, end, shift, scale, offset, relu, s
 
 
 @loop()
+def bent_by(p, i, keep, bend):
+    """p * bend, and 0 where p is, whatever the sums have become; without a p it is in the bend."""
+    if p is None:
+        return bend
+    weights = at(p, i, keep)
+    return where(above_zero(weights), weights * bend)
+
+
+@loop()
 def repair_vector(
     dx, dresidual, dy, x, mask, v, w, i, shift, scale, offset, k0, k1, p, relu, stream, ahead, keep
 ):  # fmt: skip
@@ -158,7 +167,7 @@ def repair_vector(
         d = g * at(scale, i, keep)
         if k0 is not None:
             bend = at(k0, i, keep) + deviation * at(k1, i, keep)
-            d = d - (bend if p is None else at(p, i, keep) * bend)
+            d = d - bent_by(p, i, keep, bend)
         store_lanes(dx, v, d, keep, stream)
     if dresidual is not None:
         store_lanes(dresidual, v, g, keep, stream)

@@ -37,6 +37,7 @@ def forward(
     sums, lanes = np.empty((2, block)), np.full((2, block * LANES), zero(x))
     rows = np.full((3, block * S), zero(x))
     shift, scale, offset = rows[0], rows[1], rows[2]
+    spots = spots_of(begin, length, C, S, False)
     while True:
         c0 = claim(counters, FIRST) * block
         if c0 >= C:
@@ -44,7 +45,6 @@ def forward(
         c1 = min(C, c0 + block)
         clear(sums)
         if len(begin) > 0:
-            spots = spots_of(begin, length, C, S, False)
             for c in range(c0, c1):
                 values[3, c] = shift_of(x, spots, c * S)
             spell(shift, values[3], c0, c1, S)
