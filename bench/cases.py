@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from sbncore import reference
+from sbncore.arrays import empty
 
 EPS = 1e-5
 TOLERANCE = {"float64": 1e-11, "float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
@@ -51,7 +52,7 @@ class Data:
             values = rng.standard_normal(sizes, dtype=wide)
             values *= deviation
             values += mean
-            memory = _empty(sizes, self.dtype)
+            memory = empty(sizes, self.dtype)
             memory[...] = values
             return self.arrange(memory)
 
@@ -59,7 +60,7 @@ class Data:
         self.residual = draw(0, 1) if case.residual else None
         self.weight = (1 + 0.1 * rng.standard_normal(C)).astype(wide)
         self.bias = (0.1 * rng.standard_normal(C)).astype(wide)
-        self.y, self.dx = (self.arrange(_empty(sizes, self.dtype)) for _ in range(2))
+        self.y, self.dx = (self.arrange(empty(sizes, self.dtype)) for _ in range(2))
 
     def arrange(self, memory: np.ndarray) -> np.ndarray:
         return memory if self.case.layout == "first" else np.moveaxis(memory, -1, 1)
@@ -120,13 +121,6 @@ def verify(one: Implementation, data: Data, tolerance: float) -> None:
             raise WrongResult(
                 f"{one.name} on {case}: {what} is off by {error:.1e}, more than {tolerance:.0e} allows"
             )
-
-
-def _empty(sizes: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    nbytes = int(np.prod(sizes)) * dtype.itemsize
-    memory = np.empty(nbytes + 64, np.uint8)
-    first = -memory.ctypes.data % 64
-    return memory[first : first + nbytes].view(dtype).reshape(sizes)
 
 
 def _dtype(name: str) -> np.dtype:

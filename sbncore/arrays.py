@@ -6,6 +6,7 @@ float16 and bfloat16 as int16 and uint16 of their bits, since NumPy has no bfloa
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -117,17 +118,26 @@ def on_device(view: np.ndarray) -> AbstractContextManager[Any]:
 def empty_like(view: np.ndarray) -> np.ndarray:
     """Return new memory of a borrowed array's shape and type, on its device.
 
-    NumPy's begins 16 bytes behind a cache line, if it is large: the engine streams whole lines only.
+    Large arrays begin at a cache line.
     """
     if isinstance(view, np.ndarray):
         if view.nbytes < LARGE:
             return np.empty_like(view)
-        memory = np.empty(view.nbytes + LINE, np.uint8)
-        first = -address(memory) % LINE
-        return memory[first : first + view.nbytes].view(view.dtype).reshape(view.shape)
+        return empty(view.shape, view.dtype)
     from sbncore.cuda.device import device_of
 
     return device_of(view).empty(view.shape, view.dtype)
+
+
+def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Return new memory that begins at a cache line: the engine streams whole lines only.
+
+    NumPy's own large arrays begin 16 bytes behind one.
+    """
+    nbytes = math.prod(shape) * dtype.itemsize
+    memory = np.empty(nbytes + LINE, np.uint8)
+    first = -address(memory) % LINE
+    return memory[first : first + nbytes].view(dtype).reshape(shape)
 
 
 def is_writeable(array: Array) -> bool:

@@ -65,6 +65,22 @@ def shift_of(x, spots, channel):
 
 
 @loop()
+def clear(sums):
+    for k in range(sums.shape[0]):
+        for i in range(sums.shape[1]):
+            sums[k, i] = 0
+
+
+@loop()
+def collect(sums, partial, c0, c1):
+    """Add all tasks' partial sums of channels c0 .. c1-1."""
+    for t in range(partial.shape[1]):
+        for k in range(2):
+            for c in range(c0, c1):
+                sums[k, c - c0] += partial[k, t, c]
+
+
+@loop()
 def finish_moments(values, sums, c0, c1):
     """values[0], values[1] = mean and var of channels c0 .. c1-1.
 

@@ -18,6 +18,8 @@ from __future__ import annotations
 import numpy as np
 
 from sbncore.cpu.channels import (
+    clear,
+    collect,
     finish_backward,
     finish_forward,
     finish_moments,
@@ -105,13 +107,6 @@ def lines(length):
 
 
 @loop()
-def clear(array):
-    for k in range(array.shape[0]):
-        for i in range(array.shape[1]):
-            array[k, i] = 0
-
-
-@loop()
 def normalize(y, mask, x, residual, values, n0, n1, c0, c1, relu, stream, ahead, C, S):
     """The pass that writes, over segments of samples n0 .. n1-1."""
     for n in range(n0, n1):
@@ -155,14 +150,14 @@ def add_run(lanes, dy, x, mask, values, first, length, c0, c1, relu, S):
         a, b = load_lanes(lanes[0], i, None), load_lanes(lanes[1], i, None)
         for v in range(o, o + whole, LANES):
             g, product = sums_vector(
-                None, None, dy, x, mask, v, 0, shift, scale, offset, relu, False, ahead, None
+                None, None, dy, x, mask, v, shift, scale, offset, relu, False, ahead, None
             )
             a = a + g
             b = b + product
         if whole < length:
             keep = 0, length - whole
             g, product = sums_vector(
-                None, None, dy, x, mask, o + whole, 0, shift, scale, offset, relu, False, ahead, keep
+                None, None, dy, x, mask, o + whole, shift, scale, offset, relu, False, ahead, keep
             )
             a = a + g
             b = b + product
@@ -235,10 +230,7 @@ def backward(
         elif at_once and scale >= 0:
             add(sums, lanes, None, None, dy, x, mask, values, 0, N, c0, c1, relu, False, C * S, C, S)
         elif scale >= 0:
-            for g in range(partial.shape[1]):
-                for k in range(2):
-                    for c in range(c0, c1):
-                        sums[k, c - c0] += partial[k, g, c]
+            collect(sums, partial, c0, c1)
         if scale >= 0:
             finish_backward(total, sums, values, dweight, dbias, c0, c1)
         if at_once:
@@ -323,6 +315,6 @@ def repair_run(dx, dy, x, mask, values, slopes, place, length, c0, c1, relu, C, 
             continue
         for v in range(o, o + length, LANES):
             repair_vector(
-                target, None, upper, source, bits, min(v, o + length - LANES), 0, 0, shift, scale, offset, k0,
+                target, None, upper, source, bits, min(v, o + length - LANES), 0, shift, scale, offset, k0,
                 k1, None, relu, False, ahead, None,
             )  # fmt: skip

@@ -12,6 +12,8 @@ from __future__ import annotations
 import numpy as np
 
 from sbncore.cpu.channels import (
+    clear,
+    collect,
     cut,
     finish_backward,
     finish_forward,
@@ -20,7 +22,6 @@ from sbncore.cpu.channels import (
     slopes_of,
     spots_of,
 )
-from sbncore.cpu.channels_first import clear
 from sbncore.cpu.compiled import inner, jit, loop
 from sbncore.cpu.counters import DONE, FINISHED, FIRST, LAST, SECOND, THIRD, WRITTEN
 from sbncore.cpu.elements import cast, zero
@@ -29,6 +30,7 @@ from sbncore.cpu.rows import NEAR, add_row, normalize_row, repair_row
 from sbncore.cpu.tasks import claim, wait
 
 BLOCK = 128  # channels whose sums are a task
+
 
 @jit()
 def forward(
@@ -55,7 +57,8 @@ def forward(
         if c0 >= C:
             break
         c1 = min(C, c0 + BLOCK)
-        collect(sums, partial, tasks, c0, c1)
+        clear(sums)
+        collect(sums, partial, c0, c1)
         for c in range(c0, c1):
             values[3, c] = rows[0, c]
         finish_moments(values, sums, c0, c1)
@@ -71,7 +74,7 @@ def forward(
             end = min(N * S, p0 + span) * C
             for o in range(p0 * C, end, tile * C):
                 normalize_row(
-                    y, mask, x, residual, 0, o, min(o + tile * C, end), shift, scale, offset, relu, stream,
+                    y, mask, x, residual, o, min(o + tile * C, end), shift, scale, offset, relu, stream,
                     NEAR,
                 )  # fmt: skip
     if stream:
@@ -95,16 +98,6 @@ def coefficients_in(rows, values, C):
     return rows[0], rows[1], rows[2]
 
 
-@loop()
-def collect(sums, partial, tasks, c0, c1):
-    """The sums of channels c0 .. c1-1, of all tasks' partial ones."""
-    clear(sums)
-    for t in range(tasks):
-        for k in range(2):
-            for c in range(c0, c1):
-                sums[k, c - c0] += partial[k, t, c]
-
-
 @inner()
 def add_runs(
     partial, rows, dy, x, mask, shift, scale, offset, begin, length, weight, times, relu, C, tile, piece,
@@ -117,9 +110,7 @@ def add_runs(
         t = claim(counters, FIRST)
         if t >= tasks:
             break
-        for k in range(2):
-            for c in range(C):
-                partial[k, t, c] = 0
+        clear_task(partial, t)
         held = 0
         r0, r1 = len(begin) * t // tasks, len(begin) * (t + 1) // tasks
         for r in range(r0, r1):
@@ -132,6 +123,13 @@ def add_runs(
                 flush(partial, t, rows, weight[r] * times, C, tile)
                 held = 0
         claim(counters, DONE)
+
+
+@loop()
+def clear_task(partial, t):
+    for k in range(2):
+        for c in range(partial.shape[2]):
+            partial[k, t, c] = 0
 
 
 @loop()
@@ -178,9 +176,7 @@ def backward(
                 t = claim(counters, FIRST)
                 if t >= tasks:
                     break
-                for k in range(2):
-                    for c in range(C):
-                        partial[k, t, c] = 0
+                clear_task(partial, t)
                 last = min(N * S, (t + 1) * span)
                 for p in range(t * span, last, piece):
                     q = min(last, p + piece)
@@ -201,7 +197,8 @@ def backward(
             if c0 >= C:
                 break
             c1 = min(C, c0 + BLOCK)
-            collect(sums, partial, tasks, c0, c1)
+            clear(sums)
+            collect(sums, partial, c0, c1)
             finish_backward(total, sums, values, dweight, dbias, c0, c1)
             claim(counters, FINISHED)
         wait(counters, FINISHED, (C + BLOCK - 1) // BLOCK)
@@ -244,6 +241,6 @@ def write(dx, dresidual, dy, x, mask, shift, scale, offset, k0, k1, p, p0, p1, r
     p = cast(x, p)
     for o in range(p0 * C, p1 * C, tile * C):
         repair_row(
-            dx, dresidual, dy, x, mask, 0, o, min(o + tile * C, p1 * C), shift, scale, offset, k0, k1, p,
+            dx, dresidual, dy, x, mask, o, min(o + tile * C, p1 * C), shift, scale, offset, k0, k1, p,
             relu, stream, NEAR,
         )  # fmt: skip

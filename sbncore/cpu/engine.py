@@ -1,4 +1,4 @@
-"""The CPU engine: how a call over flat memory is cut into tasks, and the kernels with what lies between."""
+"""The CPU engine: how a call over flat memory is cut into tasks, and which kernel does them."""
 
 from __future__ import annotations
 

@@ -7,10 +7,10 @@ the mean rounded to that type and offset makes up for the rounding: at |mean|/st
 ``x * scale + offset`` loses 5 %. Nothing is contracted or reordered, so that the backward's sign of z is the
 forward's, bit for bit.
 
-A row is cut into vectors at the multiples of 16, wherever the memory lies: so its sums are the same in any
-memory, and streamed stores fill whole lines. Of the first and the last vector only some lanes are kept. Rows
-that are added to others are cut from their first element on. A mask has a bit for each element, of a
-row's element e bit ``16 * w + e``: no two rows share a word.
+A row is cut into vectors at the arrays' multiples of 16, wherever the memory lies, so that streamed stores
+fill whole lines. Of the first and the last vector only some lanes are kept. Rows that are added to others
+are cut from their first element on. A mask's bit e is the arrays' element e's; rows that are written
+together with it begin at whole words.
 
 What a pass will read ``ahead`` by so many elements is fetched meanwhile: the CPU foresees no jumps.
 
@@ -39,7 +39,7 @@ NEAR = 512  # elements: how long before they are used those of a pass are fetche
 
 
 @loop()
-def gradient(dy, x, mask, v, w, i, shift, scale, offset, relu, keep):
+def gradient(dy, x, mask, v, i, shift, scale, offset, relu, keep):
     """g, dy behind the activation, and x - shift; without a dy g is that too: its sums are the moments."""
     deviation = load_lanes(x, v, keep) - at(shift, i, keep)
     if dy is None:
@@ -47,7 +47,7 @@ def gradient(dy, x, mask, v, w, i, shift, scale, offset, relu, keep):
     else:
         g = load_lanes(dy, v, keep)
         if mask is not None:
-            g = where(read_bits(mask, 16 * w + v), g)
+            g = where(read_bits(mask, v), g)
         elif relu is not None:
             g = where(above_zero(deviation * at(scale, i, keep) + at(offset, i, keep)), g)
     return g, deviation
@@ -69,9 +69,9 @@ def fetch(a, b, v):
 
 
 @loop()
-def sums_vector(dx, dresidual, dy, x, mask, v, w, shift, scale, offset, relu, stream, ahead, keep):
+def sums_vector(dx, dresidual, dy, x, mask, v, shift, scale, offset, relu, stream, ahead, keep):
     fetch(dy, x, v + ahead)
-    g, deviation = gradient(dy, x, mask, v, w, 0, shift, scale, offset, relu, keep)
+    g, deviation = gradient(dy, x, mask, v, 0, shift, scale, offset, relu, keep)
     if dx is not None:
         store_lanes(dx, v, g * at(scale, 0, keep), keep, stream)
     if dresidual is not None:
@@ -84,7 +84,7 @@ def add_vector(
     totals, dx, dresidual, dy, x, mask, v, i, shift, scale, offset, relu, stream, ahead, keep
 ):  # fmt: skip
     fetch(dy, x, v + ahead)
-    g, deviation = gradient(dy, x, mask, v, 0, i, shift, scale, offset, relu, keep)
+    g, deviation = gradient(dy, x, mask, v, i, shift, scale, offset, relu, keep)
     if dx is not None:
         store_lanes(dx, v, g * at(scale, i, keep), keep, stream)
     if dresidual is not None:
@@ -122,7 +122,7 @@ def sum_of(array, o, end):
 
 
 @loop()
-def normalize_vector(y, mask, x, residual, v, w, i, shift, scale, offset, relu, stream, ahead, keep):
+def normalize_vector(y, mask, x, residual, v, i, shift, scale, offset, relu, stream, ahead, keep):
     fetch(residual, x, v + ahead)
     z = (load_lanes(x, v, keep) - at(shift, i, keep)) * at(scale, i, keep) + at(offset, i, keep)
     if residual is not None:
@@ -131,20 +131,20 @@ def normalize_vector(y, mask, x, residual, v, w, i, shift, scale, offset, relu, 
         bits = above_zero(z)  # of a NaN too, which passes
         z = where(bits, z)
         if mask is not None:
-            write_bits(mask, w + (v >> 4), bits)
+            write_bits(mask, v >> 4, bits)
     store_lanes(y, v, z, keep, stream)
 
 
 @loop(forceinline=True)
-def normalize_row(y, mask, x, residual, w, o, end, shift, scale, offset, relu, stream, ahead):
+def normalize_row(y, mask, x, residual, o, end, shift, scale, offset, relu, stream, ahead):
     """y = act(z), and where there is a mask the bits of z > 0."""
     for v in range((o + LANES - 1) & -LANES, end & -LANES, LANES):
-        normalize_vector(y, mask, x, residual, v, w, v - o, shift, scale, offset, relu, stream, ahead, None)
+        normalize_vector(y, mask, x, residual, v, v - o, shift, scale, offset, relu, stream, ahead, None)
     for k in range(2):
         partial, v, keep = edge(o, end, k)
         if partial:
             normalize_vector(
-                y, mask, x, residual, v, w, v - o, shift, scale, offset, relu, stream, ahead, keep
+                y, mask, x, residual, v, v - o, shift, scale, offset, relu, stream, ahead, keep
             )
 
 
@@ -159,10 +159,10 @@ def bent_by(p, i, keep, bend):
 
 @loop()
 def repair_vector(
-    dx, dresidual, dy, x, mask, v, w, i, shift, scale, offset, k0, k1, p, relu, stream, ahead, keep
+    dx, dresidual, dy, x, mask, v, i, shift, scale, offset, k0, k1, p, relu, stream, ahead, keep
 ):  # fmt: skip
     fetch(x, dy, v + ahead)
-    g, deviation = gradient(dy, x, mask, v, w, i, shift, scale, offset, relu, keep)
+    g, deviation = gradient(dy, x, mask, v, i, shift, scale, offset, relu, keep)
     if dx is not None:
         d = g * at(scale, i, keep)
         if k0 is not None:
@@ -177,23 +177,23 @@ def repair_vector(
 def repair_few(dx, dy, x, mask, v, first, end, shift, scale, offset, k0, k1, relu, ahead):
     """`repair_vector` of lanes first .. end-1, with p in k0 and k1; the others are written as they are."""
     fetch(x, dy, v + ahead)
-    g, deviation = gradient(dy, x, mask, v, 0, 0, shift, scale, offset, relu, None)
+    g, deviation = gradient(dy, x, mask, v, 0, shift, scale, offset, relu, None)
     d, before = g * at(scale, 0, None) - (k0 + deviation * k1), load_lanes(dx, v, None)
     store_lanes(dx, v, blend(first, before, blend(end, d, before)), None, None)
 
 
 @loop(forceinline=True)
-def repair_row(dx, dresidual, dy, x, mask, w, o, end, shift, scale, offset, k0, k1, p, relu, stream, ahead):
+def repair_row(dx, dresidual, dy, x, mask, o, end, shift, scale, offset, k0, k1, p, relu, stream, ahead):
     """dx = scale * g - p * (k0 + k1 * (x - shift)), or scale * g without a k0; dresidual = g."""
     for v in range((o + LANES - 1) & -LANES, end & -LANES, LANES):
         repair_vector(
-            dx, dresidual, dy, x, mask, v, w, v - o, shift, scale, offset, k0, k1, p, relu, stream, ahead,
+            dx, dresidual, dy, x, mask, v, v - o, shift, scale, offset, k0, k1, p, relu, stream, ahead,
             None,
         )  # fmt: skip
     for k in range(2):
         partial, v, keep = edge(o, end, k)
         if partial:
             repair_vector(
-                dx, dresidual, dy, x, mask, v, w, v - o, shift, scale, offset, k0, k1, p, relu, stream, ahead,
+                dx, dresidual, dy, x, mask, v, v - o, shift, scale, offset, k0, k1, p, relu, stream, ahead,
                 keep,
             )  # fmt: skip

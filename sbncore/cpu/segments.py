@@ -53,17 +53,17 @@ def normalize_segment(y, mask, x, residual, values, c0, c1, S, relu, stream, ahe
         end += S
         whole = end & -LANES
         for u in range(v, whole, LANES):
-            normalize_vector(y, mask, x, residual, u, 0, 0, now[0], now[1], now[2], relu, stream, ahead, None)
+            normalize_vector(y, mask, x, residual, u, 0, now[0], now[1], now[2], relu, stream, ahead, None)
         v = whole
         following = coefficients_of(x, values, min(c + 1, c1 - 1))
         if whole < end and c + 1 < c1:
             a, b, o = blended(end - whole, now, following)
-            normalize_vector(y, mask, x, residual, v, 0, 0, a, b, o, relu, stream, ahead, None)
+            normalize_vector(y, mask, x, residual, v, 0, a, b, o, relu, stream, ahead, None)
             v += LANES
         now = following
     if v < end:
         keep = 0, end - v
-        normalize_vector(y, mask, x, residual, v, 0, 0, now[0], now[1], now[2], relu, stream, ahead, keep)
+        normalize_vector(y, mask, x, residual, v, 0, now[0], now[1], now[2], relu, stream, ahead, keep)
 
 
 @loop()
@@ -88,7 +88,7 @@ def sums_segment(
             last = min(v + CHUNK, whole)
             for u in range(v, last, LANES):
                 g, product = sums_vector(
-                    dx, dresidual, dy, x, mask, u, 0, now[0], now[1], now[2], relu, stream, ahead, None
+                    dx, dresidual, dy, x, mask, u, now[0], now[1], now[2], relu, stream, ahead, None
                 )
                 a = a + g
                 b = b + product
@@ -104,7 +104,7 @@ def sums_segment(
             if c + 1 < c1:
                 blend0, blend1, blend2 = blended(end - whole, now, following)
                 g, product = sums_vector(
-                    dx, dresidual, dy, x, mask, v, 0, blend0, blend1, blend2, relu, stream, ahead, None
+                    dx, dresidual, dy, x, mask, v, blend0, blend1, blend2, relu, stream, ahead, None
                 )
                 rest = end - whole, LANES
                 left, right = where(rest, g), where(rest, product)
@@ -112,7 +112,7 @@ def sums_segment(
                 v += LANES
             else:
                 g, product = sums_vector(
-                    dx, dresidual, dy, x, mask, v, 0, now[0], now[1], now[2], relu, stream, ahead, keep
+                    dx, dresidual, dy, x, mask, v, now[0], now[1], now[2], relu, stream, ahead, keep
                 )
             a = a + g
             b = b + product
@@ -142,7 +142,7 @@ def repair_segment(
         whole = end & -LANES
         for u in range(v, whole, LANES):
             repair_vector(
-                dx, dresidual, dy, x, mask, u, 0, (u - begin) * turn, now[0], now[1], now[2], bent[0],
+                dx, dresidual, dy, x, mask, u, (u - begin) * turn, now[0], now[1], now[2], bent[0],
                 bent[1], p, relu, stream, ahead, None,
             )  # fmt: skip
         v, n, k = whole, min(c + 1, c1 - 1), end - whole
@@ -150,13 +150,13 @@ def repair_segment(
         if whole < end and c + 1 < c1:
             shift, scale, offset = blended(k, now, following)
             repair_vector(
-                dx, dresidual, dy, x, mask, v, 0, (v - begin) * turn, shift, scale, offset,
+                dx, dresidual, dy, x, mask, v, (v - begin) * turn, shift, scale, offset,
                 blend(k, bent[0], bending[0]), blend(k, bent[1], bending[1]), p, relu, stream, ahead, None,
             )  # fmt: skip
             v += LANES
         elif v < end:
             repair_vector(
-                dx, dresidual, dy, x, mask, v, 0, (v - begin) * turn, now[0], now[1], now[2], bent[0],
+                dx, dresidual, dy, x, mask, v, (v - begin) * turn, now[0], now[1], now[2], bent[0],
                 bent[1], p, relu, stream, ahead, (0, k),
             )  # fmt: skip
         now, bent = following, bending

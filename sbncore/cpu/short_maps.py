@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from sbncore.cpu.channels import (
+    clear,
     finish_backward,
     finish_forward,
     finish_moments,
@@ -15,7 +16,7 @@ from sbncore.cpu.channels import (
     slopes_of,
     spots_of,
 )
-from sbncore.cpu.channels_first import add_run, clear, flush, mask_bytes
+from sbncore.cpu.channels_first import add_run, flush, mask_bytes
 from sbncore.cpu.compiled import jit, loop
 from sbncore.cpu.counters import FIRST
 from sbncore.cpu.elements import cast, sample_of, zero
@@ -60,7 +61,7 @@ def forward(
             for n in range(N):
                 normalize_row(
                     sample_of(y, n, C * S), sample_of(mask, n, mask_bytes(C, S)), sample_of(x, n, C * S),
-                    sample_of(residual, n, C * S), 0, c0 * S, c1 * S, shift, scale, offset, relu, stream,
+                    sample_of(residual, n, C * S), c0 * S, c1 * S, shift, scale, offset, relu, stream,
                     C * S,
                 )  # fmt: skip
     if stream:
@@ -159,7 +160,7 @@ def backward(
             r = spell_weights(p, begin, length, weight, r if repairs else len(begin), n, c1 - c0, S)
             repair_row(
                 sample_of(dx, n, C * S), sample_of(dresidual, n, C * S), sample_of(dy, n, C * S),
-                sample_of(x, n, C * S), sample_of(mask, n, mask_bytes(C, S)), 0, c0 * S, c1 * S, shift, times,
+                sample_of(x, n, C * S), sample_of(mask, n, mask_bytes(C, S)), c0 * S, c1 * S, shift, times,
                 offset, k0, k1, p, relu, stream, C * S,
             )  # fmt: skip
     if stream and writes:
