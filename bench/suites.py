@@ -39,6 +39,11 @@ SUITES = {
         ("full", *(name.format(r) for name in (*SAMPLED[:3], "fs-runs/{0}@2048") for r in (16, 32, 64))),
         seeds=10,
     ),
+    "bs": Suite(
+        "Batch sampling with a floor, more seeds",
+        ("full", "bs/16", "bs/16@1024", "bs/16@2048", "bs/16@4096", "bs/32@2048", "bs/64@2048"),
+        seeds=10,
+    ),
     "networks": Suite(
         "Other networks",
         ("full", "fs/16", "fs-runs/16", "fs-runs/64", "fs-runs/16@1024", "fs-runs/64@1024"), ("resnet", "1d"),

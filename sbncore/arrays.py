@@ -46,6 +46,8 @@ def borrow(array: Array, name: str) -> np.ndarray:
         TypeError: if it is no array, on another kind of device, of another dtype, or not in native byte
             order, or if it is on a GPU that CuPy cannot reach.
     """
+    if type(array) is np.ndarray:
+        return _as_storage(array, name)
     if isinstance(array, np.ndarray):
         if isinstance(array, np.ma.MaskedArray):
             raise TypeError(f"{name}: expected an array without a mask, got a masked array")

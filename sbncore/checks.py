@@ -16,6 +16,7 @@ from sbncore.statistics import Given, Statistics
 
 GRADIENTS = ("exact", "sampled", "detached")
 OUTPUTS = ("x", "weight", "bias", "residual")
+USUAL = (float, int, str, type(None))  # of options: True and numpy's 1.0 are equal to some of these
 
 
 def array(value: Any, name: str, channel_axis: int) -> np.ndarray:
@@ -75,14 +76,44 @@ def output(
 ) -> None:
     """Complain unless out is as x, writeable and apart from the inputs, but for being one of ``same``."""
     view = beside(value, name, x)
-    if not is_writeable(value):
-        raise ValueError(f"{name}: expected a writeable array, got a read-only one")
+    memory(value, view, apart, same, name)
     if 0 in view.strides and view.size:
         if any(stride == 0 and size > 1 for stride, size in zip(view.strides, view.shape, strict=True)):
             raise ValueError(f"{name}: expected distinct elements, got an array that repeats its memory")
+
+
+def memory(
+    value: Any,
+    view: np.ndarray,
+    apart: Iterable[np.ndarray | None],
+    same: Iterable[np.ndarray | None] = (),
+    name: str = "out",
+) -> None:
+    """Complain unless an output's memory is writeable and apart from the inputs': what no two calls share."""
+    if not is_writeable(value):
+        raise ValueError(f"{name}: expected a writeable array, got a read-only one")
     others = [other for other in same if other is not None and _place(other) != _place(view)]
     if any(_overlap(view, other) for other in (*apart, *others) if other is not None):
         raise ValueError(f"{name}: expected memory apart from the inputs', got an array that overlaps them")
+
+
+def likeness(arrays: tuple[Any, ...], *options: Any) -> Any:
+    """Return all that the other checks of a call look at, to remember that it passed them.
+
+    Where an array is not NumPy's own, or an option of an unusual type, it is None: they must look again.
+    """
+    looks: list[Any] = []
+    for array in arrays:
+        if array is None:
+            looks.append(None)
+        elif type(array) is np.ndarray:
+            looks.append((array.shape, array.strides, array.dtype))
+        else:
+            return None
+    for option in options:
+        if type(option) not in USUAL:
+            return None
+    return *looks, *options
 
 
 def _overlap(a: np.ndarray, b: np.ndarray) -> bool:
@@ -186,15 +217,21 @@ class Running(NamedTuple):
     skip_nonfinite: bool
 
 
-class Parameters:
+class Parameters(NamedTuple):
     """weight, bias and residual, checked against x: views of their storage types, or None."""
 
-    def __init__(
-        self, x: np.ndarray, layout: Layout, weight: Any = None, bias: Any = None, residual: Any = None
-    ) -> None:
-        self.weight = None if weight is None else channels(weight, "weight", layout.C, x)
-        self.bias = None if bias is None else channels(bias, "bias", layout.C, x)
-        self.residual = None if residual is None else beside(residual, "residual", x)
+    weight: np.ndarray | None = None
+    bias: np.ndarray | None = None
+    residual: np.ndarray | None = None
+
+
+def parameters(x: np.ndarray, layout: Layout, weight: Any, bias: Any, residual: Any) -> Parameters:
+    """Return parameters and residual, checked against x."""
+    return Parameters(
+        None if weight is None else channels(weight, "weight", layout.C, x),
+        None if bias is None else channels(bias, "bias", layout.C, x),
+        None if residual is None else beside(residual, "residual", x),
+    )
 
 
 def given(statistics: Statistics, C: int, x: np.ndarray) -> Given:

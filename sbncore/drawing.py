@@ -5,23 +5,23 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
-from sbncore.hashing import MASK, absorb, stream_key
+from sbncore.hashing import layer_key, stream_key
 from sbncore.plans import Part, Plan, StepKey
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows a sampler may draw from and the map of each, with the keys of its draws."""
+    """The rows a sampler may draw from and the map of each, with the streams its parts draw from."""
 
     first: int
     rows: int
     spatial: tuple[int, ...]
-    keys: Iterator[Any]
+    streams: Iterator[int]
 
     @property
     def S(self) -> int:
@@ -62,35 +62,23 @@ class Sampler:
         """
         outer = batch_shape(shape, channel_axis)
         seed, layer = integer("seed", seed), integer("layer", layer)
-        before: int | None = None
+        key: Callable[[int], Any]
         if is_array(step):
             if str(step.dtype).rpartition(".")[2] != "int64" or math.prod(step.shape) != 1:
                 raise TypeError(
                     f"step: expected an integer or an array of one int64, got {step.dtype} of shape "
                     f"{tuple(step.shape)}"
                 )
-            before = absorb(absorb(0, seed & MASK), layer & MASK)
+            key = partial(StepKey, layer_key(seed, layer), step)
         else:
-            step = integer("step", step)
-        if 0 in outer:
-            return Plan(outer, ())
-        keys: Iterator[Any] = (
-            stream_key(seed, layer, step, stream) if before is None else StepKey(before, step, stream)
-            for stream in itertools.count()
-        )
-        virtual = self.virtual
-        if virtual > outer[0]:
-            raise ValueError(
-                f"VirtualSamples: expected at most the batch's {outer[0]} samples, got {virtual}"
-            )
-        parts, prior = self.draw(Batch(0, outer[0], outer[1:], keys), outer[0] - virtual)
-        plan = Plan(outer, parts, prior, virtual)
-        if plan.count < fewest and prior == 0:
+            key = partial(stream_key, seed, layer, integer("step", step))
+        recipe = _recipe(self, outer)
+        if recipe.count < fewest and recipe.prior == 0 and recipe.parts:
             raise ValueError(
                 "expected more than 1 value per channel when training, got a sample of a single "
                 f"value: {self} of shape {tuple(shape)}; a count, a ratio or at_least can raise it"
             )
-        return plan
+        return recipe.keyed(key)
 
     @property
     def virtual(self) -> int:
@@ -102,9 +90,21 @@ class Sampler:
         raise NotImplementedError
 
 
+@lru_cache(maxsize=1024)
+def _recipe(sampler: Sampler, outer: tuple[int, ...]) -> Plan:
+    """Return what is drawn of a shape, but for where: its parts' keys are the numbers of their streams."""
+    if 0 in outer:
+        return Plan(outer, ())
+    virtual = sampler.virtual
+    if virtual > outer[0]:
+        raise ValueError(f"VirtualSamples: expected at most the batch's {outer[0]} samples, got {virtual}")
+    batch = Batch(0, outer[0], outer[1:], itertools.count())
+    return Plan(outer, *sampler.draw(batch, outer[0] - virtual), virtual)
+
+
 def batch_shape(shape: Sequence[int], channel_axis: int) -> tuple[int, ...]:
     """Return (N, *spatial) of a shape with channels at ``channel_axis``."""
-    return _batch_shape(tuple(operator.index(size) for size in shape), channel_axis)
+    return _batch_shape(tuple(map(operator.index, shape)), channel_axis)
 
 
 @lru_cache(maxsize=1024, typed=True)

@@ -30,6 +30,7 @@ the parts of one plan, so that they draw independently.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -55,12 +56,15 @@ def absorb(key: int, word: Word) -> Word:
     return mix(((word ^ key) + GOLDEN) & MASK)
 
 
+@lru_cache(maxsize=4096)
+def layer_key(seed: int, layer: int) -> int:
+    """Return the key of all draws of a layer."""
+    return absorb(absorb(0, seed & MASK), layer & MASK)
+
+
 def stream_key(seed: int, layer: int, step: int, stream: int) -> int:
     """Return the key of one stream of draws; integers are taken modulo 2**64."""
-    key = 0
-    for word in (seed, layer, step, stream):
-        key = absorb(key, word & MASK)
-    return key
+    return absorb(absorb(layer_key(seed, layer), step & MASK), stream & MASK)
 
 
 def bounded(words: Word, size: int) -> Word:

@@ -36,14 +36,13 @@ class Layout(NamedTuple):
     def flatten(self, array: np.ndarray) -> np.ndarray:
         """Return the array's memory in this layout, flat: a view where it lies so already, else a copy."""
         ordered = self._ordered(array)
-        if not self.lies(array):
+        if not _dense(ordered):
             ordered = ordered.copy(order="C")
         return writeable(ordered).reshape(-1)
 
     def lies(self, array: np.ndarray) -> bool:
         """Whether the array's memory is in this layout already."""
-        ordered = self._ordered(array)
-        return bool(ordered.flags.c_contiguous and getattr(ordered.flags, "aligned", True))  # CuPy's are
+        return _dense(self._ordered(array))
 
     def restore(self, flat: np.ndarray) -> np.ndarray:
         """Return flat memory of this layout in the logical shape, as a view."""
@@ -60,6 +59,11 @@ class Layout(NamedTuple):
             return array
         spatial = (axis for axis in range(1, array.ndim) if axis != self.axis)
         return array.transpose((0, *spatial, self.axis) if self.last else (0, self.axis, *spatial))
+
+
+def _dense(ordered: np.ndarray) -> bool:
+    flags = ordered.flags
+    return bool(flags.c_contiguous and getattr(flags, "aligned", True))  # CuPy's are
 
 
 def layout_of(array: np.ndarray, axis: int) -> Layout:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import ClassVar
 
@@ -42,10 +42,11 @@ class BatchSampling(Sampler):
     amount: int | float
     pattern: str = "run"
     at_least: int = 1
+    ratio: bool = field(init=False, repr=False)  # 1.0 is everything, 1 a single one
     patterns: ClassVar[tuple[str, ...]] = ("run", "strided", "random")
 
     def __post_init__(self) -> None:
-        _check_drawing(self)
+        _settle(self)
 
     def draw(self, batch: Batch, real: int) -> tuple[tuple[Part, ...], float]:
         samples = _amount(self, real, "samples of the batch")
@@ -76,10 +77,11 @@ class FeatureSampling(Sampler):
     pattern: str = "run"
     place: str = "sample"
     at_least: int = 1
+    ratio: bool = field(init=False, repr=False)  # 1.0 is everything, 1 a single one
     patterns: ClassVar[tuple[str, ...]] = ("run", "runs", "rows", "patch", "grid")
 
     def __post_init__(self) -> None:
-        _check_drawing(self)
+        _settle(self)
         _check_choice("FeatureSampling", "place", self.place, ("sample", "common"))
 
     def draw(self, batch: Batch, real: int) -> tuple[tuple[Part, ...], float]:
@@ -87,7 +89,7 @@ class FeatureSampling(Sampler):
         width = batch.spatial[-1] if batch.spatial else 1
         positions = _amount(self, S, "positions of a map")
         vector = math.gcd(S, VECTOR)
-        if self.pattern in ("run", "runs") and isinstance(self.amount, float):
+        if self.pattern in ("run", "runs") and self.ratio:
             whole = round(positions / vector) * vector
             if whole and 8 * abs(whole - positions) <= positions:
                 positions = whole
@@ -106,7 +108,7 @@ class FeatureSampling(Sampler):
             if stride < length:  # nearly everything
                 align, length, stride = 1, positions, S
         elif self.pattern == "rows":
-            nearest = round if isinstance(self.amount, float) else math.ceil
+            nearest = round if self.ratio else math.ceil
             floor = max(1, -(-self.at_least // (real * width)))
             positions = min(S, max(floor, nearest(positions / width)) * width)
             align, length = width, positions
@@ -117,8 +119,8 @@ class FeatureSampling(Sampler):
         else:
             length, stride = 1, S // positions
         common = self.place == "common"
-        key = next(batch.keys)
-        return (MapPlaces(1.0, key, batch.first, real, positions, length, stride, align, common),), 0.0
+        stream = next(batch.streams)
+        return (MapPlaces(1.0, stream, batch.first, real, positions, length, stride, align, common),), 0.0
 
 
 @dataclass(frozen=True)
@@ -132,14 +134,15 @@ class NaiveSampling(Sampler):
 
     amount: int | float
     at_least: int = 1
+    ratio: bool = field(init=False, repr=False)  # 1.0 is everything, 1 a single one
 
     def __post_init__(self) -> None:
-        _check_drawing(self)
+        _settle(self)
 
     def draw(self, batch: Batch, real: int) -> tuple[tuple[Part, ...], float]:
         total = real * batch.S
         positions = min(total, max(_amount(self, total, "values of a channel"), self.at_least))
-        return (ScatteredPlaces(1.0, next(batch.keys), batch.first, real, positions),), 0.0
+        return (ScatteredPlaces(1.0, next(batch.streams), batch.first, real, positions),), 0.0
 
 
 @dataclass(frozen=True)
@@ -235,7 +238,7 @@ class Prior(Sampler):
 
 
 def _whole(batch: Batch, first: int, rows: int, samples: int, stride: int) -> Part:
-    return WholeSamples(1.0, next(batch.keys), batch.first + first, rows, samples, stride, batch.S)
+    return WholeSamples(1.0, next(batch.streams), batch.first + first, rows, samples, stride, batch.S)
 
 
 def _weight(name: str, value: float) -> float:
@@ -251,7 +254,7 @@ def _check_choice(name: str, argument: str, value: object, choices: tuple[str, .
         raise ValueError(f"{name}: expected {argument} to be one of {choices}, got {value!r}")
 
 
-def _check_drawing(sampler: BatchSampling | FeatureSampling | NaiveSampling) -> None:
+def _settle(sampler: BatchSampling | FeatureSampling | NaiveSampling) -> None:
     name, amount = type(sampler).__name__, sampler.amount
     if isinstance(amount, bool) or not isinstance(amount, Integral | float):
         raise TypeError(f"{name}: expected a float ratio or an int count, got {amount!r}")
@@ -263,14 +266,15 @@ def _check_drawing(sampler: BatchSampling | FeatureSampling | NaiveSampling) -> 
         raise ValueError(f"{name}: expected at_least of 1 or more, got {sampler.at_least}")
     if not isinstance(sampler, NaiveSampling):
         _check_choice(name, "pattern", sampler.pattern, sampler.patterns)
+    object.__setattr__(sampler, "ratio", isinstance(amount, float))
 
 
 def _amount(sampler: BatchSampling | FeatureSampling | NaiveSampling, total: int, what: str) -> int:
-    if isinstance(sampler.amount, float):
+    if sampler.ratio:
         return max(1, round(sampler.amount * total))
     if sampler.amount > total:
         raise ValueError(
             f"{type(sampler).__name__}: expected a count of at most the {total} {what}, "
             f"got {sampler.amount}"
         )
-    return sampler.amount
+    return int(sampler.amount)

@@ -237,6 +237,45 @@ def test_a_step_that_an_array_holds_is_read_when_the_plan_is_used(rng, sampler):
     assert (y == sbn.batch_norm(x, None, None, training=True, sampler=sampler, step=int(step))[0]).all()
 
 
+@pytest.mark.parametrize("sampler", [sbn.FeatureSampling(1 / 4), sbn.BatchSampling(2), sbn.Full()])
+def test_what_a_call_remembers_is_not_what_was_drawn(rng, sampler):
+    x, dy, out = rng.normal(size=(3, 8, 3, 7, 7))
+    plans = [sampler.plan(x.shape, step=step) for step in range(4)]
+    alone = []
+    for plan in plans:  # one that knows nothing, nor do its like
+        saved = sbn.forward(x, plan=sbn.Plan(plan.shape, plan.parts), out=out)[1]
+        alone.append((out.copy(), sbn.backward(dy, saved).x))
+    for turn in (0, 1):
+        for plan, (y, dx) in zip(plans, alone, strict=True):
+            got, saved = sbn.forward(x, plan=plan, out=out if turn else None)
+            assert (got == y).all() and (sbn.backward(dy, saved).x == dx).all() and saved.plan is plan
+
+
+def test_what_passed_once_is_still_checked_for_its_memory_and_its_types(rng):
+    x, dy = rng.normal(size=(2, 8, 3, 7, 7)).astype(np.float32)
+    weight, out, plan = np.ones(3, np.float32), np.empty_like(x), sbn.FeatureSampling(1 / 4).plan(x.shape)
+    for _ in range(2):
+        saved = sbn.forward(x, weight, plan=plan, eps=1.0, out=out)[1]
+        sbn.backward(dy, saved, out=out)
+        assert sbn.forward(x, eps=1.0)[0].shape == sbn.forward(x, eps=1.0)[0].shape
+    for wrong in ({"eps": True}, {"eps": 1.0, "channel_axis": True}):
+        with pytest.raises(TypeError):
+            sbn.forward(x, weight, plan=plan, out=out, **wrong)
+    with pytest.raises(ValueError, match="overlaps"):
+        sbn.forward(x, weight, plan=plan, eps=1.0, out=x)
+    with pytest.raises(ValueError, match="overlaps"):
+        sbn.backward(dy, saved, out=dy)
+    with pytest.raises(ValueError, match="overlaps"):
+        sbn.backward(dy, saved, out=x)
+    out.flags.writeable = False
+    for call in (lambda: sbn.forward(x, weight, plan=plan, eps=1.0, out=out),
+                 lambda: sbn.backward(dy, saved, out=out)):  # fmt: skip
+        with pytest.raises(ValueError, match="read-only"):
+            call()
+    with pytest.raises(TypeError, match="mask"):
+        sbn.forward(np.ma.masked_array(x), weight, plan=plan, eps=1.0)
+
+
 @pytest.mark.parametrize("step", [np.zeros((), np.int32), np.zeros((2,), np.int64), np.zeros((), np.float64)])
 def test_a_step_is_one_int64(step):
     with pytest.raises(TypeError, match="step: expected an integer or an array of one int64, got"):

@@ -43,6 +43,13 @@ def drawn(sampler, shape=SHAPE, **name):
     return sampler.plan(shape, **name).weights() > 0
 
 
+@pytest.mark.parametrize("kind", [sbn.BatchSampling, sbn.FeatureSampling, sbn.NaiveSampling])
+def test_all_and_a_single_one_are_two_samplers(kind):
+    assert kind(1) != kind(1.0) and kind(1.0) == kind(1.0) and hash(kind(1)) == hash(kind(1))
+    counts = [kind(amount, at_least=2).plan(SHAPE).count for amount in (1.0, 1, 1.0)]
+    assert counts[0] == counts[2] == 192 > counts[1]
+
+
 @pytest.mark.parametrize("sampler", PARTIAL, ids=str)
 def test_every_position_has_the_same_chance(sampler):
     """Chi-square over the possible draws, which hold every position equally often."""

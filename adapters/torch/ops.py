@@ -7,7 +7,8 @@ anew what forward drew.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -106,14 +107,20 @@ def outputs(
     return torch.empty_like(x), state, mask, mean, var
 
 
+@cache
+def _quick() -> ModuleType:
+    from sbncore.adapters.torch import quick  # Numba, which a GPU does without
+
+    return quick
+
+
 def _forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
     running_mean: Tensor | None, running_var: Tensor | None, step: Tensor, sampler: str, seed: int,
     layer: int, momentum: float, eps: float, relu: bool, skip_nonfinite: bool, *, in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if x.device.type == "cpu":
-        from sbncore.adapters.torch import quick  # Numba, which a GPU does without
-
+        quick = _quick()
         shape = quick.shape_of(x)
         call = quick.call_for(shape, sampler, relu and residual is not None)
         vectors = weight, bias, running_mean, running_var
@@ -165,8 +172,7 @@ def _backward(
     sampler: str, seed: int, layer: int, relu: bool, gradient: str, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if x.device.type == "cpu":
-        from sbncore.adapters.torch import quick  # Numba, which a GPU does without
-
+        quick = _quick()
         shape = quick.shape_of(x)
         call = quick.call_for(shape, sampler, mask.numel() > 0)
         if call and call.takes(weight, bias) and quick.shape_of(dy) == shape:

@@ -26,6 +26,7 @@ class State:
     """What forward leaves for backward."""
 
     plan: Plan  # as drawn
+    runs: Runs | None  # the same spelled out, where forward did it
     values: np.ndarray  # (ROWS, C) float64
     mask: np.ndarray | None
     count: float
@@ -37,14 +38,14 @@ class State:
 
 def restored(x: np.ndarray, layout: Layout, plan: Plan, kept: Kept) -> State:
     """Return the state that a forward under this plan left in the caller's memory."""
-    return State(plan.now(), kept.values, kept.mask, plan.effective_count)
+    return State(plan.now(), None, kept.values, kept.mask, plan.effective_count)
 
 
 def moments(x: np.ndarray, layout: Layout, plan: Plan, prior: Given | None) -> Moments:
     """Return the moments of the places drawn, mixed with the prior."""
     plan, values = plan.now(), np.empty((ROWS, layout.C))
     count = plan.count_beside(prior, x.size)
-    parameters, _ = _parameters(x, plan, prior, Parameters(x, layout), 1.0, None, count)
+    parameters, _ = _parameters(x, plan, prior, Parameters(), 1.0, None, count)
     engine.forward(None, x, layout, None, values, None, parameters, False, *_drawn(plan, x))
     return values[0], values[1], count
 
@@ -69,8 +70,8 @@ def forward(
         mask = np.empty(engine.mask_size(layout), np.uint8) if kept is None else kept.mask
     count = plan.count_beside(prior, x.size)
     running = running if x.size else None  # an empty batch moves nothing
-    _normalize(y, x, layout, plan, prior, given, eps, relu, values, mask, running, count)
-    return State(plan, values, mask, count)
+    runs = _normalize(y, x, layout, plan, prior, given, eps, relu, values, mask, running, count)
+    return State(plan, runs, values, mask, count)
 
 
 def normalize(
@@ -97,7 +98,7 @@ def backward(
     if x.size:
         plan, runs, scale = state.plan, engine.NOWHERE, 0.0
         if gradient != "detached" and plan.parts:  # it flows through the statistics
-            runs = draws.runs_of(plan)
+            runs = state.runs or draws.runs_of(plan)
             scale = layout.N * layout.S / (1 - plan.prior) if gradient == "sampled" else 0.0
         engine.backward(
             dx, dresidual, dy, x, layout, state.mask, state.values, np.empty((2, layout.C)), dweight, dbias,
@@ -115,7 +116,7 @@ def repair(
         total = np.stack([widen(dbias), widen(dweight)])
         engine.backward(
             dx, None, dy, x, saved.layout, state.mask, state.values, total, absent, absent, saved.relu,
-            draws.runs_of(state.plan), state.plan.full, -1.0,
+            state.runs or draws.runs_of(state.plan), state.plan.full, -1.0,
         )  # fmt: skip
 
 
@@ -132,12 +133,14 @@ def _normalize(
     mask: np.ndarray | None,
     running: Running | None,
     count: float,
-) -> None:
+) -> Runs:
     parameters, copies = _parameters(x, plan, prior, given, eps, running, count)
     residual = None if given.residual is None else layout.flatten(given.residual)
-    engine.forward(y, x, layout, residual, values, mask, parameters, relu, *_drawn(plan, x))
+    runs, weigh = _drawn(plan, x)
+    engine.forward(y, x, layout, residual, values, mask, parameters, relu, runs, weigh)
     for array, copy in copies:
         array[...] = copy
+    return runs
 
 
 def _drawn(plan: Plan, x: np.ndarray) -> tuple[Runs, float]:

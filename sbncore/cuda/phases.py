@@ -26,7 +26,7 @@ def moments(x: Any, layout: Layout, plan: Plan, prior: Given | None) -> Moments:
     device = device_of(x)
     values = device.empty((ROWS, layout.C), "float64")
     if x.size:
-        given = Parameters(x, layout)
+        given = Parameters()
         draws = Draws(device, plan, layout.S)
         work = Work(device, x, layout, plan, (), fused=False)
         pointers = {"state": address(values), "x": address(x)}
