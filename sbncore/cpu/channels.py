@@ -138,12 +138,10 @@ def finish_backward(total, sums, values, dweight, dbias, c0, c1):
             store(dweight, c, cast(dweight, total[1, c]))
 
 
-@inner()
-def slopes_of(total, values, p, c0, c1):
+@loop()
+def find_slopes(slopes, total, values, p, c0, c1):
     """p times k0 and k1: scale * (dbias - (mean - shift) * rstd * dweight), scale * rstd * dweight."""
-    out = np.empty((2, c1 - c0))
     for c in range(c0, c1):
         k1 = values[4, c] * values[2, c] * total[1, c]
-        out[0, c - c0] = p * (values[4, c] * total[0, c] - k1 * (values[0, c] - values[3, c]))
-        out[1, c - c0] = p * k1
-    return out
+        slopes[0, c - c0] = p * (values[4, c] * total[0, c] - k1 * (values[0, c] - values[3, c]))
+        slopes[1, c - c0] = p * k1

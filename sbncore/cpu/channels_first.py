@@ -20,11 +20,11 @@ import numpy as np
 from sbncore.cpu.channels import (
     clear,
     collect,
+    find_slopes,
     finish_backward,
     finish_forward,
     finish_moments,
     shift_of,
-    slopes_of,
     spots_of,
 )
 from sbncore.cpu.compiled import jit, loop
@@ -195,7 +195,7 @@ def backward(
     turn = 0 if full else 1
     weights = np.full(LANES + turn * (S + LANES), cast(x, weight[0] if full else 0.0))
     size = max(block, sweep)
-    sums, lanes = np.empty((2, size)), np.full((2, size * LANES), zero(x))
+    sums, slopes, lanes = np.empty((2, size)), np.empty((2, size)), np.full((2, size * LANES), zero(x))
     if not at_once and scale >= 0:
         across = -(-C // sweep)
         tasks = across * -(-N // spread)
@@ -234,7 +234,8 @@ def backward(
         if scale >= 0:
             finish_backward(total, sums, values, dweight, dbias, c0, c1)
         if at_once:
-            r, slopes = 0, slopes_of(total, values, 1.0, c0, c1)
+            r = 0
+            find_slopes(slopes, total, values, 1.0, c0, c1)
             for n in range(N):
                 if not full:
                     r = spell_weights(weights, begin, length, weight, r, n, S)
@@ -244,7 +245,8 @@ def backward(
                 )  # fmt: skip
         elif dx is not None and repairs:
             for r in range(len(begin)):
-                slopes = slopes_of(total, values, weight[r], c0, c1)
+                if r == 0 or weight[r] != weight[r - 1]:
+                    find_slopes(slopes, total, values, weight[r], c0, c1)
                 repair_run(dx, dy, x, mask, values, slopes, begin[r], length[r], c0, c1, relu, C, S)
     if stream and writes:
         fence()

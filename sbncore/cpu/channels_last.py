@@ -15,11 +15,11 @@ from sbncore.cpu.channels import (
     clear,
     collect,
     cut,
+    find_slopes,
     finish_backward,
     finish_forward,
     finish_moments,
     shift_of,
-    slopes_of,
     spots_of,
 )
 from sbncore.cpu.compiled import inner, jit, loop
@@ -202,7 +202,8 @@ def backward(
             finish_backward(total, sums, values, dweight, dbias, c0, c1)
             claim(counters, FINISHED)
         wait(counters, FINISHED, (C + BLOCK - 1) // BLOCK)
-    slopes = slopes_of(total, values, 1.0, 0, C)
+    slopes = np.empty((2, C))
+    find_slopes(slopes, total, values, 1.0, 0, C)
     k0, k1 = rows[3], rows[4]
     for c in range(C):
         k0[c], k1[c] = slopes[0, c], slopes[1, c]

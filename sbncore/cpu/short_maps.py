@@ -9,11 +9,11 @@ import numpy as np
 
 from sbncore.cpu.channels import (
     clear,
+    find_slopes,
     finish_backward,
     finish_forward,
     finish_moments,
     shift_of,
-    slopes_of,
     spots_of,
 )
 from sbncore.cpu.channels_first import add_run, flush, mask_bytes
@@ -123,7 +123,7 @@ def backward(
     writes = dx is not None or dresidual is not None
     if writes:
         stream = stream and aligned(dx) and aligned(dresidual)
-    sums, lanes = np.empty((2, block)), np.full((2, block * LANES), zero(x))
+    sums, slopes, lanes = np.empty((2, block)), np.empty((2, block)), np.full((2, block * LANES), zero(x))
     rows = np.full((6, block * S), zero(x))
     shift, times, offset, k0, k1, p = rows[0], rows[1], rows[2], rows[3], rows[4], rows[5]
     while True:
@@ -152,7 +152,7 @@ def backward(
             finish_backward(total, sums, values, dweight, dbias, c0, c1)
         if not writes:
             continue
-        slopes = slopes_of(total, values, 1.0, c0, c1)
+        find_slopes(slopes, total, values, 1.0, c0, c1)
         spell(k0, slopes[0], 0, c1 - c0, S)
         spell(k1, slopes[1], 0, c1 - c0, S)
         r = 0
