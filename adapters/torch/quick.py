@@ -99,7 +99,7 @@ class Call:
         engine.forward(
             self.flat(y), self.flat(x), self.layout, None if residual is None else self.flat(residual),
             kept[:-1].reshape(ROWS, C), mask.numpy() if self.masked else None, parameters, relu,
-            self.runs(*draw), self.weigh,
+            self.runs(*draw), self.full, self.weigh,
         )  # fmt: skip
         return y, state, mask, mean, var
 

@@ -28,7 +28,7 @@ from sbncore.cpu.channels import (
     spots_of,
 )
 from sbncore.cpu.compiled import jit, loop
-from sbncore.cpu.counters import DONE, FIRST, SECOND
+from sbncore.cpu.counters import DONE, FINISHED, FIRST, SECOND, THIRD
 from sbncore.cpu.elements import cast, sample_of, zero
 from sbncore.cpu.lanes import LANES, aligned, fence, load_lanes, store_lanes, total
 from sbncore.cpu.rows import CHUNK, NEAR, repair_few, repair_vector, sums_vector
@@ -54,26 +54,46 @@ def mask_bytes(C, S):
 
 @jit()
 def forward(
-    y, mask, x, residual, values, parameters, begin, length, weight, weigh, relu, stream, N, C, S, block,
-    sweep, spread, counters,
+    y, mask, x, residual, values, parameters, partial, begin, length, weight, weigh, full, relu, stream, N, C,
+    S, block, sweep, spread, cached, counters,
 ):  # fmt: skip
     """y = act(z), where a mask is given the bits of z > 0; the statistics in values and the running ones.
 
-    The statistics are of the runs, whose weights sum to 1 / ``weigh``; without runs they are the prior's.
-    Without a y nothing is normalized.
+    The statistics are of the runs, whose weights sum to 1 / ``weigh``, ``full`` where they are everything;
+    without runs they are the prior's. Without a y nothing is normalized.
     """
     if y is not None:
         stream = stream and aligned(y)
-    at_once = lines(length) * 2 > N * S
-    sums, lanes = np.empty((2, block)), np.full((2, block * LANES), zero(x))
+    at_once = not cached and lines(length) * 2 > N * S
+    swept = full and not at_once
+    size = max(block, sweep)
+    sums, lanes = np.empty((2, size)), np.full((2, size * LANES), zero(x))
     spots = spots_of(begin, length, C, S, False)
+    across = -(-C // sweep)
+    tasks = across * -(-N // spread)
+    if swept:
+        while True:
+            t = claim(counters, FIRST)
+            if t >= tasks:
+                break
+            g, c0 = t // across, t % across * sweep
+            n0, n1, c1 = g * spread, min(N, (g + 1) * spread), min(C, c0 + sweep)
+            for c in range(c0, c1):  # the same in all tasks
+                values[3, c] = shift_of(x, spots, c * S)
+            clear(sums)
+            add(sums, lanes, None, None, None, x, None, values, n0, n1, c0, c1, None, False, NEAR, C, S)
+            keep(partial, g, sums, weight[0] * weigh, c0, c1)
+            claim(counters, DONE)
+        wait(counters, DONE, tasks)
     while True:
-        t = claim(counters, FIRST)
+        t = claim(counters, SECOND)
         c0, c1 = t * block, min(C, (t + 1) * block)
         if c0 >= C:
             break
         clear(sums)
-        if len(begin) > 0:
+        if swept:
+            collect(sums, partial, c0, c1)
+        elif len(begin) > 0:
             for c in range(c0, c1):
                 values[3, c] = shift_of(x, spots, c * S)
             add_runs(sums, lanes, None, x, None, values, begin, length, weight, weigh, None, c0, c1, C, S)
@@ -81,20 +101,27 @@ def forward(
         finish_forward(values, x, parameters, c0, c1)
         if y is not None and at_once:
             normalize(y, mask, x, residual, values, 0, N, c0, c1, relu, stream, C * S, C, S)
-        claim(counters, DONE)
+        claim(counters, FINISHED)
     if y is not None and not at_once:
-        wait(counters, DONE, -(-C // block))
-        across = -(-C // sweep)
+        wait(counters, FINISHED, -(-C // block))
         while True:
-            t = claim(counters, SECOND)
-            n0, c0 = t // across * spread, t % across * sweep
-            if n0 >= N:
+            t = claim(counters, THIRD)
+            if t >= tasks:
                 break
+            n0, c0 = t // across * spread, t % across * sweep
             n1, c1 = min(N, n0 + spread), min(C, c0 + sweep)
             near = NEAR if stream else 0
             normalize(y, mask, x, residual, values, n0, n1, c0, c1, relu, stream, near, C, S)
     if stream:
         fence()
+
+
+@loop()
+def keep(partial, g, sums, p, c0, c1):
+    """Put a sweep's sums, times p, where `collect` finds them."""
+    for k in range(2):
+        for c in range(c0, c1):
+            partial[k, g, c] = p * sums[k, c - c0]
 
 
 @loop()
@@ -178,7 +205,7 @@ def flush(sums, lanes, p, channels):
 @jit()
 def backward(
     dx, dresidual, dy, x, mask, values, total, partial, dweight, dbias, begin, length, weight, scale, full,
-    repairs, relu, sampled, stream, N, C, S, block, sweep, spread, counters,
+    repairs, relu, sampled, stream, N, C, S, block, sweep, spread, cached, counters,
 ):  # fmt: skip
     """dx = scale * g - p * (k0 + k1 * (x - shift)), where p is not 0 only in the runs; dresidual = g.
 
@@ -190,15 +217,16 @@ def backward(
     writes = dx is not None or dresidual is not None
     if writes:
         stream = stream and aligned(dx) and aligned(dresidual)
-    # sums, then all of it is written, from a cache
-    at_once = writes and repairs and (full or N * S < WORTH * len(begin))
+    # sums, then all of it is written
+    dense = writes and repairs and (full or N * S < WORTH * len(begin))
+    at_once = dense and not cached
     turn = 0 if full else 1
     weights = np.full(LANES + turn * (S + LANES), cast(x, weight[0] if full else 0.0))
     size = max(block, sweep)
     sums, slopes, lanes = np.empty((2, size)), np.empty((2, size)), np.full((2, size * LANES), zero(x))
-    if not at_once and scale >= 0:
-        across = -(-C // sweep)
-        tasks = across * -(-N // spread)
+    across = -(-C // sweep)
+    tasks = across * -(-N // spread)
+    if not at_once and scale >= 0 and (sampled is None or not dense):
         while True:
             t = claim(counters, FIRST)
             if t >= tasks:
@@ -213,10 +241,14 @@ def backward(
                     )  # fmt: skip
             else:
                 clear(sums)
-                add(sums, lanes, dx, dresidual, dy, x, mask, values, n0, n1, c0, c1, relu, stream, NEAR, C, S)
-                for k in range(2):
-                    for c in range(c0, c1):
-                        partial[k, g, c] = sums[k, c - c0]
+                if dense:
+                    add(sums, lanes, None, None, dy, x, mask, values, n0, n1, c0, c1, relu, False, NEAR, C, S)
+                else:
+                    add(
+                        sums, lanes, dx, dresidual, dy, x, mask, values, n0, n1, c0, c1, relu, stream, NEAR,
+                        C, S,
+                    )  # fmt: skip
+                keep(partial, g, sums, 1.0, c0, c1)
             claim(counters, DONE)
         wait(counters, DONE, tasks)
     while True:
@@ -234,22 +266,48 @@ def backward(
         if scale >= 0:
             finish_backward(total, sums, values, dweight, dbias, c0, c1)
         if at_once:
-            r = 0
-            find_slopes(slopes, total, values, 1.0, c0, c1)
-            for n in range(N):
-                if not full:
-                    r = spell_weights(weights, begin, length, weight, r, n, S)
-                write(
-                    dx, dresidual, dy, x, mask, values, slopes, weights, turn, n, c0, c1, relu, stream, C * S,
-                    C, S,
-                )  # fmt: skip
-        elif dx is not None and repairs:
+            write_all(
+                dx, dresidual, dy, x, mask, values, total, slopes, weights, turn, begin, length, weight, 0, N,
+                c0, c1, relu, stream, C * S, C, S,
+            )  # fmt: skip
+        elif dx is not None and repairs and not dense:
             for r in range(len(begin)):
                 if r == 0 or weight[r] != weight[r - 1]:
                     find_slopes(slopes, total, values, weight[r], c0, c1)
                 repair_run(dx, dy, x, mask, values, slopes, begin[r], length[r], c0, c1, relu, C, S)
+        claim(counters, FINISHED)
+    if dense and not at_once:
+        wait(counters, FINISHED, -(-C // block))
+        while True:
+            t = claim(counters, THIRD)
+            if t >= tasks:
+                break
+            n0, c0 = t // across * spread, t % across * sweep
+            n1, c1 = min(N, n0 + spread), min(C, c0 + sweep)
+            write_all(
+                dx, dresidual, dy, x, mask, values, total, slopes, weights, turn, begin, length, weight, n0,
+                n1, c0, c1, relu, stream, NEAR, C, S,
+            )  # fmt: skip
     if stream and writes:
         fence()
+
+
+@loop()
+def write_all(
+    dx, dresidual, dy, x, mask, values, total, slopes, weights, turn, begin, length, weight, n0, n1, c0, c1,
+    relu, stream, ahead, C, S,
+):  # fmt: skip
+    """dx and dresidual of samples n0 .. n1-1, from the sums in total."""
+    find_slopes(slopes, total, values, 1.0, c0, c1)
+    r = 0
+    while r < len(begin) and begin[r] < n0 * S:
+        r += 1
+    for n in range(n0, n1):
+        if turn > 0:
+            r = spell_weights(weights, begin, length, weight, r, n, S)
+        write(
+            dx, dresidual, dy, x, mask, values, slopes, weights, turn, n, c0, c1, relu, stream, ahead, C, S
+        )
 
 
 @loop()

@@ -22,6 +22,7 @@ PLACES = 64  # of such a run at least: what flushing its sums is shared among
 TASK = 16384  # elements worth a task of their own
 TASKS = 64
 GROUPS = 32  # of runs of channels-last memory, whose sums are tasks
+CACHED = 1 << 20  # elements of an array that is read twice, in the order of memory, rather than by blocks
 PARALLEL = 1 << 20  # elements worth waking the other threads: it takes 50 to 100 us
 AWAKE = 8  # times fewer are worth threads that are awake, OpenMP's
 NOWHERE = Runs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
@@ -56,13 +57,23 @@ class Cut(NamedTuple):
     tasks: int
     elements: int
 
+    @property
+    def cached(self) -> bool:
+        """Whether a call finds an array again in a cache."""
+        return self.elements <= CACHED
+
+    def partial(self, layout: Layout, used: bool) -> np.ndarray:
+        """Return room for the sums of a sweep's tasks."""
+        return np.empty((2, -(-layout.N // self.spread) if used else 0, layout.C))
+
     def run(self, short: Any, long: Any, arguments: tuple[Any, ...]) -> None:
         """Call the kernel for short maps or for long ones."""
         parallel = _parallel(self.elements)
         if self.short:
             threads.run(short, self.tasks, parallel, *arguments, self.block)
         else:
-            threads.run(long, self.tasks, parallel, *arguments, self.block, self.sweep, self.spread)
+            cuts = self.block, self.sweep, self.spread, self.cached
+            threads.run(long, self.tasks, parallel, *arguments, *cuts)
 
 
 @lru_cache(maxsize=1024)
@@ -128,19 +139,26 @@ def forward(
     parameters: tuple[Any, ...],
     relu: bool,
     runs: Runs,
+    full: bool,
     weigh: float,
 ) -> None:
     """Write y, values and the mask, of memory flat and ``parameters`` in the order of finish_forward's.
 
-    The runs' weights sum to 1 / ``weigh``; without runs the statistics are the prior's. Without a y the
-    statistics are all.
+    The runs' weights sum to 1 / ``weigh``, and where they are everything they are ``full``; without runs the
+    statistics are the prior's. Without a y the statistics are all.
     """
     if layout.C == 0:
         return
     stream = y is not None and _streams(y, layout, KEPT * STREAM)
     if not layout.last:
         cut, sizes = cut_first(layout), (layout.N, layout.C, layout.S)
-        arguments = y, mask, x, residual, values, parameters, *runs, weigh, relu or None, stream, *sizes
+        full = full and len(runs.begin) > 0
+        partial = [] if cut.short else [cut.partial(layout, full and cut.cached)]
+        whole = [] if cut.short else [full]
+        arguments = (
+            y, mask, x, residual, values, parameters, *partial, *runs, weigh, *whole, relu or None, stream,
+            *sizes,
+        )  # fmt: skip
         cut.run(short_maps.forward, channels_first.forward, arguments)
         return
     strips = cut_last(layout)
@@ -181,7 +199,7 @@ def backward(
     sampled, full = True if scale > 0 else None, full and len(runs.begin) > 0
     if not layout.last:
         cut, sizes = cut_first(layout), (layout.N, layout.C, layout.S)
-        partial = [] if cut.short else [np.empty((2, -(-layout.N // cut.spread), layout.C))]
+        partial = [] if cut.short else [cut.partial(layout, True)]
         whole = [] if cut.short else [full]
         arguments = (
             dx, dresidual, dy, x, mask, values, total, *partial, dweight, dbias, *runs, scale, *whole,

@@ -46,7 +46,8 @@ def moments(x: np.ndarray, layout: Layout, plan: Plan, prior: Given | None) -> M
     plan, values = plan.now(), np.empty((ROWS, layout.C))
     count = plan.count_beside(prior, x.size)
     parameters, _ = _parameters(x, plan, prior, Parameters(), 1.0, None, count)
-    engine.forward(None, x, layout, None, values, None, parameters, False, *_drawn(plan, x))
+    runs, weigh = _drawn(plan, x)
+    engine.forward(None, x, layout, None, values, None, parameters, False, runs, plan.full, weigh)
     return values[0], values[1], count
 
 
@@ -137,7 +138,7 @@ def _normalize(
     parameters, copies = _parameters(x, plan, prior, given, eps, running, count)
     residual = None if given.residual is None else layout.flatten(given.residual)
     runs, weigh = _drawn(plan, x)
-    engine.forward(y, x, layout, residual, values, mask, parameters, relu, runs, weigh)
+    engine.forward(y, x, layout, residual, values, mask, parameters, relu, runs, plan.full, weigh)
     for array, copy in copies:
         array[...] = copy
     return runs
