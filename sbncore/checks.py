@@ -76,31 +76,20 @@ def output(
 ) -> None:
     """Complain unless out is as x, writeable and apart from the inputs, but for being one of ``same``."""
     view = beside(value, name, x)
-    memory(value, view, apart, same, name)
+    if not is_writeable(value):
+        raise ValueError(f"{name}: expected a writeable array, got a read-only one")
     if 0 in view.strides and view.size:
         if any(stride == 0 and size > 1 for stride, size in zip(view.strides, view.shape, strict=True)):
             raise ValueError(f"{name}: expected distinct elements, got an array that repeats its memory")
-
-
-def memory(
-    value: Any,
-    view: np.ndarray,
-    apart: Iterable[np.ndarray | None],
-    same: Iterable[np.ndarray | None] = (),
-    name: str = "out",
-) -> None:
-    """Complain unless an output's memory is writeable and apart from the inputs': what no two calls share."""
-    if not is_writeable(value):
-        raise ValueError(f"{name}: expected a writeable array, got a read-only one")
     others = [other for other in same if other is not None and _place(other) != _place(view)]
     if any(_overlap(view, other) for other in (*apart, *others) if other is not None):
         raise ValueError(f"{name}: expected memory apart from the inputs', got an array that overlaps them")
 
 
 def likeness(arrays: tuple[Any, ...], *options: Any) -> Any:
-    """Return all that the other checks of a call look at, to remember that it passed them.
+    """Return all that checks look at but memory, to know again what passed them.
 
-    Where an array is not NumPy's own, or an option of an unusual type, it is None: they must look again.
+    None where an array is not NumPy's own, or an option of an unusual type.
     """
     looks: list[Any] = []
     for array in arrays:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
-from sbncore.hashing import layer_key, stream_key
+from sbncore.hashing import layer_key
 from sbncore.plans import Part, Plan, StepKey
 
 
@@ -60,25 +60,23 @@ class Sampler:
             ValueError: if the sample is larger than what there is to draw from, or a single value.
             TypeError: if seed, layer or step is not an integer.
         """
-        outer = batch_shape(shape, channel_axis)
-        seed, layer = integer("seed", seed), integer("layer", layer)
-        key: Callable[[int], Any]
-        if is_array(step):
-            if str(step.dtype).rpartition(".")[2] != "int64" or math.prod(step.shape) != 1:
-                raise TypeError(
-                    f"step: expected an integer or an array of one int64, got {step.dtype} of shape "
-                    f"{tuple(step.shape)}"
-                )
-            key = partial(StepKey, layer_key(seed, layer), step)
-        else:
-            key = partial(stream_key, seed, layer, integer("step", step))
-        recipe = _recipe(self, outer)
+        recipe = _recipe(self, tuple(map(operator.index, shape)), channel_axis)
         if recipe.count < fewest and recipe.prior == 0 and recipe.parts:
             raise ValueError(
                 "expected more than 1 value per channel when training, got a sample of a single "
                 f"value: {self} of shape {tuple(shape)}; a count, a ratio or at_least can raise it"
             )
-        return recipe.keyed(key)
+        if type(seed) is type(layer) is type(step) is int:
+            return recipe.drawn(seed, layer, step)
+        seed, layer = integer("seed", seed), integer("layer", layer)
+        if not is_array(step):
+            return recipe.drawn(seed, layer, integer("step", step))
+        if str(step.dtype).rpartition(".")[2] != "int64" or math.prod(step.shape) != 1:
+            raise TypeError(
+                f"step: expected an integer or an array of one int64, got {step.dtype} of shape "
+                f"{tuple(step.shape)}"
+            )
+        return recipe.keyed(partial(StepKey, layer_key(seed, layer), step))
 
     @property
     def virtual(self) -> int:
@@ -90,9 +88,10 @@ class Sampler:
         raise NotImplementedError
 
 
-@lru_cache(maxsize=1024)
-def _recipe(sampler: Sampler, outer: tuple[int, ...]) -> Plan:
+@lru_cache(maxsize=1024, typed=True)
+def _recipe(sampler: Sampler, shape: tuple[int, ...], channel_axis: int) -> Plan:
     """Return what is drawn of a shape, but for where: its parts' keys are the numbers of their streams."""
+    outer = batch_shape(shape, channel_axis)
     if 0 in outer:
         return Plan(outer, ())
     virtual = sampler.virtual

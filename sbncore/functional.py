@@ -21,6 +21,7 @@ from sbncore.saved import Kept, Saved
 from sbncore.statistics import Statistics, public
 
 REMEMBERED = 1024  # kinds of arguments
+_full: dict[Any, Any] = {}  # what `Plan.known` is to calls without a plan
 
 
 class Grads(NamedTuple):
@@ -94,31 +95,31 @@ def forward_in_place(
     kept: Kept | None = None,
 ) -> tuple[Any, Saved]:
     """`forward` that also moves running statistics, and leaves what backward needs in the caller's memory."""
-    arrays = x, weight, bias, residual, out
-    alike = checks.likeness(arrays, eps, channel_axis, activation, gradient) if prior is None else None
+    alike, call = None, None
+    if prior is None and kept is None:
+        alike = checks.likeness((x, weight, bias, residual, out), eps, channel_axis, activation, gradient)
     known = _full if plan is None else plan.known if isinstance(plan, Plan) else {}
-    passed = known.get(alike) if alike else None
-    if passed:  # as other calls did before
-        layout, full = passed
-        plan = plan or full
-        view, by = borrow(x, "x"), None
-        given = checks.Parameters(*(None if p is None else borrow(p, "") for p in arrays[1:4]))
-        if out is not None:
-            checks.memory(out, borrow(out, "out"), (view, given.weight, given.bias), (given.residual,))
-    else:
-        view = checks.array(x, "x", channel_axis)
-        layout = layout_of(view, channel_axis)
-        if plan is None:
-            plan = Full().plan(view.shape, channel_axis=channel_axis)
-        checks.plan_for(plan, layout, prior)
-        checks.gradient_of(gradient, plan)
-        checks.choice(activation, "activation", (None, "relu"))
-        eps = checks.epsilon(eps, statistics_are_given=plan.prior == 1)
-        given = checks.parameters(view, layout, weight, bias, residual)
-        by = None if prior is None else checks.given(prior, layout.C, view)
-        if out is not None:
-            checks.output(out, view, (view, given.weight, given.bias), (given.residual,))
-        remember(known, alike, (layout, plan if known is _full else None))
+    if alike is not None:
+        call = known.get(alike)
+        done = None if call is None else call.forward(x, weight, bias, residual, out, plan, eps, running)
+        if done is not None:
+            return done  # type: ignore[no-any-return]
+    view = checks.array(x, "x", channel_axis)
+    layout = layout_of(view, channel_axis)
+    if plan is None:
+        plan = Full().plan(view.shape, channel_axis=channel_axis)
+    checks.plan_for(plan, layout, prior)
+    checks.gradient_of(gradient, plan)
+    checks.choice(activation, "activation", (None, "relu"))
+    eps = checks.epsilon(eps, statistics_are_given=plan.prior == 1)
+    given = checks.parameters(view, layout, weight, bias, residual)
+    by = None if prior is None else checks.given(prior, layout.C, view)
+    if out is not None:
+        checks.output(out, view, (view, given.weight, given.bias), (given.residual,))
+    if alike is not None and call is None:
+        if len(known) >= REMEMBERED:
+            known.clear()
+        known[alike] = _calls().call_of(view, layout, plan, given, out, activation == "relu", gradient)
     with on_device(view):
         flat = layout.flatten(view)
         y = Result(flat, layout, x, out)
@@ -145,17 +146,6 @@ def saved_in(
         flat = layout.flatten(view)
         state = phases_for(view).restored(flat, layout, plan, kept)
     return Saved(x, flat, layout, plan, state, weight, bias, residual, activation == "relu", gradient)
-
-
-_full: dict[Any, Any] = {}  # what `Plan.known` is to calls without a plan
-
-
-def remember(known: dict[Any, Any], alike: Any, what: Any = None) -> None:
-    """Note that arguments such as these have passed all checks."""
-    if alike is not None:
-        if len(known) >= REMEMBERED:
-            known.clear()
-        known[alike] = what
 
 
 def backward(
@@ -191,23 +181,20 @@ def backward(
     """
     if not isinstance(saved, Saved):
         raise TypeError(f"saved: expected what forward returned, got {type(saved).__name__}")
+    if saved.call is not None and needs is None and gradient in (None, saved.gradient):
+        done = saved.call.backward(dy, saved, out)
+        if done is not None:
+            return Grads(*done)
     layout, x = saved.layout, saved.x
+    view = checks.beside(dy, "dy", layout.restore(x))
     gradient = saved.gradient if gradient is None else gradient
-    alike = checks.likeness((dy, saved.like, out), gradient) if needs is None else None
-    passed = alike is not None and alike in saved.plan.known
-    view = borrow(dy, "dy") if passed else checks.beside(dy, "dy", layout.restore(x))
-    if not passed:
-        checks.gradient_of(gradient, saved.plan)
+    checks.gradient_of(gradient, saved.plan)
     optional = (("weight", saved.weight), ("bias", saved.bias), ("residual", saved.residual or None))
     wanted = checks.needed(needs, ("x", *(name for name, value in optional if value is not None)))
     if out is not None:
         if "x" not in wanted:
             raise ValueError("out: expected None, since needs leaves out 'x'")
-        if passed:
-            checks.memory(out, borrow(out, "out"), (view, x))
-        else:
-            checks.output(out, view, (view, layout.restore(x)))
-    remember(saved.plan.known, alike)
+        checks.output(out, view, (view, layout.restore(x)))
     with on_device(view):
         dx = Result(x, layout, saved.like, out) if "x" in wanted else None
         dresidual = Result(x, layout, saved.like) if "residual" in wanted and saved.relu else None
@@ -317,6 +304,13 @@ def normalize(
 def phases_for(view: np.ndarray) -> ModuleType:
     """Return the engine for an array: `sbncore.cpu.phases`, or for CuPy's `sbncore.cuda.phases`."""
     return _phases_for(isinstance(view, np.ndarray))
+
+
+@cache
+def _calls() -> ModuleType:
+    from sbncore.cpu import calls
+
+    return calls
 
 
 @cache

@@ -54,11 +54,18 @@ class Layout(NamedTuple):
         others = [axis for axis in range(len(sizes)) if axis != here]
         return array.transpose((*others[: self.axis], here, *others[self.axis :]))
 
+    @property
+    def order(self) -> tuple[int, ...] | None:
+        """The axes in the order of memory, or None where that is their own."""
+        last = len(self.shape) - 1
+        if self.axis == (last if self.last else 1):
+            return None
+        spatial = [axis for axis in range(1, last + 1) if axis != self.axis]
+        return (0, *spatial, self.axis) if self.last else (0, self.axis, *spatial)
+
     def _ordered(self, array: np.ndarray) -> np.ndarray:
-        if self.axis == (array.ndim - 1 if self.last else 1):
-            return array
-        spatial = (axis for axis in range(1, array.ndim) if axis != self.axis)
-        return array.transpose((0, *spatial, self.axis) if self.last else (0, self.axis, *spatial))
+        order = self.order
+        return array if order is None else array.transpose(order)
 
 
 def _dense(ordered: np.ndarray) -> bool:

@@ -11,13 +11,13 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, NamedTuple
+from functools import cached_property, partial
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sbncore.hashing import MASK, absorb, bounded, distinct
+from sbncore.hashing import MASK, absorb, bounded, distinct, stream_key
 
 Ints = NDArray[np.int64]
 KEYLESS = "shape", "prior", "virtual", "S", "count", "apart", "full", "total", "known", "_count_apart"
@@ -188,16 +188,36 @@ class Plan:
     prior: float = 0.0
     virtual: int = 0
 
+    words: ClassVar[tuple[int, int, int] | None] = None  # (seed, layer, step), where a sampler drew at a step
+    recipe: ClassVar[Plan]  # what it drew by
+
     @cached_property
     def known(self) -> dict[Any, Any]:
         """What has been found out about calls under this plan and those that differ in their keys alone."""
         return {}
 
+    def drawn(self, seed: int, layer: int, step: int) -> Plan:
+        """Return the plan of a draw; here the parts' keys are the numbers of their streams."""
+        plan = object.__new__(Plan)
+        plan.__dict__.update(self._keyless, words=(seed, layer, step), recipe=self)
+        return plan
+
     def keyed(self, key: Callable[[Any], Any]) -> Plan:
-        """Return the plan drawn with other keys, each a function of the one here."""
+        """Return the plan with other keys, each a function of the one here."""
         plan = object.__new__(Plan)
         plan.__dict__.update(self._keyless, parts=tuple([part.keyed(key(part.key)) for part in self.parts]))
         return plan
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "parts" or "recipe" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        seed, layer, step = self.words or (0, 0, 0)
+        keyed = self.recipe.keyed(partial(stream_key, seed, layer, step))
+        self.__dict__["parts"] = keyed.parts  # most calls never look
+        return keyed.parts
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Plan, (self.shape, self.parts, self.prior, self.virtual)
 
     @cached_property
     def _keyless(self) -> dict[str, Any]:
@@ -219,7 +239,9 @@ class Plan:
     @property
     def step(self) -> Any:
         """The array that holds the step, or None where the draw is made."""
-        key = self.parts[0].key if self.parts else 0
+        if self.words is not None or not self.parts:
+            return None
+        key = self.parts[0].key
         return key.step if isinstance(key, StepKey) else None
 
     def now(self) -> Plan:

@@ -38,6 +38,7 @@ class Saved:
     residual: bool
     relu: bool
     gradient: str
+    call: Any = None  # the shorter way of a CPU's call, where forward took it
 
     @property
     def statistics(self) -> Statistics:

@@ -6,7 +6,6 @@ everything at every call, takes whatever else there is, and gives the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -17,7 +16,7 @@ from sbncore.adapters.torch.exchange import empty_like, layout_of
 from sbncore.adapters.torch.names import named
 from sbncore.cpu import draws, engine
 from sbncore.layout import Layout
-from sbncore.plans import Plan, Runs
+from sbncore.plans import Plan
 from sbncore.saved import ROWS
 
 DRAWS = 64  # layers of one shape between a forward and its backward
@@ -28,7 +27,7 @@ class Call:
     """Forward and backward for tensors of one shape, memory format and dtype, and one sampler."""
 
     def __init__(self, layout: Layout, dtype: torch.dtype, plan: Plan, masked: bool) -> None:
-        self.layout, self.dtype, self.plan = layout, dtype, plan
+        self.layout, self.dtype, self.plan, self.engine = layout, dtype, plan, engine.of(layout)
         self.full, self.channels = plan.full, (layout.C,)
         self.masked, self.mask_size = masked, engine.mask_size(layout) if masked else 0
         self.parameter = torch.float64 if dtype == torch.float64 else torch.float32
@@ -36,13 +35,8 @@ class Call:
         count = plan.effective_count
         self.unbiased = 1 / (1 - 1 / count) if count > 1 else 1.0
         self.weigh = 1 / (1 - plan.prior)
-        self.runs: Callable[[int, int, int], Runs] = lru_cache(maxsize=DRAWS)(self._draw)
-
-    def _draw(self, seed: int, layer: int, step: int) -> Runs:
-        """Return the places drawn; the last ones are kept, since backward asks for forward's again."""
-        if self.full:
-            return self.plan.runs
-        return draws.places(self.plan.parts[0], draws.stream_key(seed, layer, step, 0), self.plan.S)
+        # the last ones are kept, since backward asks for forward's again
+        self.runs = lru_cache(maxsize=DRAWS)(draws.drawing(plan.recipe))
 
     def flat(self, tensor: Tensor) -> np.ndarray:
         """Return the memory of a tensor of this shape and format, as the engine takes it."""
@@ -96,8 +90,8 @@ class Call:
             self.vector(weight), self.vector(bias), *before, prior, eps, *after, momentum, self.unbiased,
             skip_nonfinite,
         )  # fmt: skip
-        engine.forward(
-            self.flat(y), self.flat(x), self.layout, None if residual is None else self.flat(residual),
+        self.engine.forward(
+            self.flat(y), self.flat(x), None if residual is None else self.flat(residual),
             kept[:-1].reshape(ROWS, C), mask.numpy() if self.masked else None, parameters, relu,
             self.runs(*draw), self.full, self.weigh,
         )  # fmt: skip
@@ -117,9 +111,9 @@ class Call:
         if gradient != "detached":
             runs = self.runs(seed, layer, int(kept[-1:].view(np.int64)[0]))
             scale = x.numel() / C * self.weigh if gradient == "sampled" else 0.0
-        engine.backward(
+        self.engine.backward(
             None if dx is None else self.flat(dx), None if dresidual is None else self.flat(dresidual),
-            self.flat(dy), self.flat(x), self.layout, mask.numpy() if self.masked else None,
+            self.flat(dy), self.flat(x), mask.numpy() if self.masked else None,
             kept[:-1].reshape(ROWS, C), np.empty((2, C)), dweight.numpy(), dbias.numpy(), relu, runs,
             self.full, scale,
         )  # fmt: skip
@@ -136,9 +130,9 @@ def call_for(x: Shape, sampler: str, masked: bool) -> Call | None:
         return None
     layout, plan = layout_of(like), named(sampler).plan(shape)
     dense = like.movedim(1, -1) if layout.last else like
-    if not dense.is_contiguous() or len(plan.parts) != 1:
+    if not dense.is_contiguous() or not draws.takes(plan):
         return None
-    return Call(layout, dtype, plan, masked) if draws.takes(plan.parts[0]) else None
+    return Call(layout, dtype, plan, masked)
 
 
 Shape = tuple[torch.Size, tuple[int, ...], torch.dtype]

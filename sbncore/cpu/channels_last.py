@@ -34,8 +34,8 @@ BLOCK = 128  # channels whose sums are a task
 
 @jit()
 def forward(
-    y, mask, x, residual, values, parameters, partial, begin, length, weight, weigh, relu, stream, N, C, S,
-    tile, piece, span, counters,
+    y, mask, x, residual, values, parameters, partial, begin, length, weight, weigh, full, relu, stream, N, C,
+    S, tile, piece, span, counters,
 ):  # fmt: skip
     """As `sbncore.cpu.channels_first.forward`; ``partial`` is room for the sums of as many groups of runs."""
     if y is not None:

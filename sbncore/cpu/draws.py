@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from sbncore.cpu.compiled import jit
-from sbncore.plans import MapPlaces, Part, Plan, Runs, WholeSamples
+from sbncore.plans import MapPlaces, Plan, Runs, WholeSamples
 
 FEW = 4  # runs of a map, that are drawn here
+LARGEST = 2**63 - 1  # of Numba's int64
 GOLDEN, FIRST, SECOND = (
     np.uint64(word) for word in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 )
@@ -36,8 +39,9 @@ def bounded(word, size):
 
 
 @jit()
-def map_places(key, first, rows, positions, run, stride, align, common, S, weight):
+def map_places(seed, layer, step, stream, first, rows, positions, run, stride, align, common, S, weight):
     """`sbncore.plans.MapPlaces`, in the order of memory."""
+    key = stream_key(seed, layer, step, stream)
     runs = -(-positions // run)
     begin, length = np.empty((runs + 1) * rows, np.int64), np.empty((runs + 1) * rows, np.int64)
     count = 0
@@ -62,9 +66,9 @@ def map_places(key, first, rows, positions, run, stride, align, common, S, weigh
 
 
 @jit()
-def whole_samples(key, first, rows, samples, stride, S, weight):
+def whole_samples(seed, layer, step, stream, first, rows, samples, stride, S, weight):
     """`sbncore.plans.WholeSamples` at a stride."""
-    start = bounded(absorb(key, 0), rows)
+    start = bounded(absorb(stream_key(seed, layer, step, stream), 0), rows)
     chosen = np.empty(samples, np.int64)
     for i in range(samples):
         chosen[i] = (start + stride * i) % rows
@@ -72,25 +76,43 @@ def whole_samples(key, first, rows, samples, stride, S, weight):
     return (first + chosen) * S, np.full(samples, S), np.full(samples, weight)
 
 
-def takes(part: Part) -> bool:
-    """Whether a part's places are drawn here."""
+def takes(plan: Plan) -> bool:
+    """Whether the places of such plans, drawn at a fixed step, are found here."""
+    if len(plan.parts) != 1:
+        return False
+    part = plan.parts[0]
     if isinstance(part, WholeSamples):
         return part.stride > 0
     return isinstance(part, MapPlaces) and part.positions <= FEW * part.length
 
 
-def places(part: Part, key: int, S: int) -> Runs:
-    """Return the runs of such a part, drawn with a key."""
-    weight, word = part.weight / part.count, np.uint64(key)
+def drawing(recipe: Plan) -> Callable[[int, int, int], Runs]:
+    """Return what finds the runs of a recipe that is taken here, of (seed, layer, step), signed words."""
+    part, S = recipe.parts[0], recipe.S
+    which: tuple[int, ...]
     if isinstance(part, WholeSamples):
-        return Runs(*whole_samples(word, part.first, part.rows, part.samples, part.stride, S, weight))
-    assert isinstance(part, MapPlaces)
-    shape = part.positions, min(part.length, part.positions), part.stride, part.align
-    return Runs(*map_places(word, part.first, part.rows, *shape, part.common, S, weight))
+        kernel, which = whole_samples, (part.samples, part.stride)
+        if recipe.full:
+            everything = recipe.runs
+            return lambda *_: everything
+    else:
+        assert isinstance(part, MapPlaces)
+        length = min(part.length, part.positions)
+        kernel, which = map_places, (part.positions, length, part.stride, part.align, part.common)
+    static = part.key, part.first, part.rows, *which, S, part.weight / part.count
+    return lambda *words: Runs(*kernel(*words, *static))
 
 
 def runs_of(plan: Plan) -> Runs:
     """Return `Plan.runs`."""
-    if len(plan.parts) == 1 and takes(plan.parts[0]) and plan.total:
-        return places(plan.parts[0], plan.parts[0].key, plan.S)
-    return plan.runs
+    words = plan.words
+    if words is None or min(words) < -LARGEST - 1 or max(words) > LARGEST:
+        return plan.runs
+    draw = plan.known.get(drawing)
+    if draw is None:
+        draw = plan.known[drawing] = drawing(plan.recipe) if takes(plan.recipe) else _nothing
+    return draw(*words) or plan.runs
+
+
+def _nothing(*words: int) -> None:
+    return None

@@ -47,7 +47,7 @@ def moments(x: np.ndarray, layout: Layout, plan: Plan, prior: Given | None) -> M
     count = plan.count_beside(prior, x.size)
     parameters, _ = _parameters(x, plan, prior, Parameters(), 1.0, None, count)
     runs, weigh = _drawn(plan, x)
-    engine.forward(None, x, layout, None, values, None, parameters, False, runs, plan.full, weigh)
+    engine.of(layout).forward(None, x, None, values, None, parameters, False, runs, plan.full, weigh)
     return values[0], values[1], count
 
 
@@ -93,7 +93,7 @@ def backward(
     """
     x, layout, state = saved.x, saved.layout, saved.state
     dweight, dbias = (
-        _absent(x) if p is None else np.zeros(layout.C, borrow(p, "parameter").dtype)
+        absent(x) if p is None else np.zeros(layout.C, borrow(p, "parameter").dtype)
         for p in (saved.weight, saved.bias)
     )
     if x.size:
@@ -101,8 +101,8 @@ def backward(
         if gradient != "detached" and plan.parts:  # it flows through the statistics
             runs = state.runs or draws.runs_of(plan)
             scale = layout.N * layout.S / (1 - plan.prior) if gradient == "sampled" else 0.0
-        engine.backward(
-            dx, dresidual, dy, x, layout, state.mask, state.values, np.empty((2, layout.C)), dweight, dbias,
+        engine.of(layout).backward(
+            dx, dresidual, dy, x, state.mask, state.values, np.empty((2, layout.C)), dweight, dbias,
             saved.relu, runs, plan.full, scale,
         )  # fmt: skip
     return None if saved.weight is None else dweight, None if saved.bias is None else dbias
@@ -112,11 +112,11 @@ def repair(
     dx: np.ndarray, dy: np.ndarray, saved: Saved, dweight: np.ndarray, dbias: np.ndarray
 ) -> None:
     """Write dx at the places drawn, from the given sums of g and g * xhat over everything."""
-    state, x, absent = saved.state, saved.x, _absent(saved.x)
+    state, x, nothing = saved.state, saved.x, absent(saved.x)
     if x.size and state.plan.parts:
         total = np.stack([widen(dbias), widen(dweight)])
-        engine.backward(
-            dx, None, dy, x, saved.layout, state.mask, state.values, total, absent, absent, saved.relu,
+        engine.of(saved.layout).backward(
+            dx, None, dy, x, state.mask, state.values, total, nothing, nothing, saved.relu,
             state.runs or draws.runs_of(state.plan), state.plan.full, -1.0,
         )  # fmt: skip
 
@@ -138,7 +138,7 @@ def _normalize(
     parameters, copies = _parameters(x, plan, prior, given, eps, running, count)
     residual = None if given.residual is None else layout.flatten(given.residual)
     runs, weigh = _drawn(plan, x)
-    engine.forward(y, x, layout, residual, values, mask, parameters, relu, runs, plan.full, weigh)
+    engine.of(layout).forward(y, x, residual, values, mask, parameters, relu, runs, plan.full, weigh)
     for array, copy in copies:
         array[...] = copy
     return runs
@@ -159,10 +159,10 @@ def _parameters(
     count: float,
 ) -> tuple[tuple[Any, ...], list[tuple[np.ndarray, np.ndarray]]]:
     """The arguments of finish_forward, dense; what is to be copied back after it."""
-    absent = _absent(x)
-    weight, bias = (absent if p is None else _dense(p) for p in (given.weight, given.bias))
-    before = (absent, absent) if prior is None else (_dense(prior.mean), _dense(prior.var))
-    after, moved = (absent, absent), (0.0, 1.0, False)
+    nothing = absent(x)
+    weight, bias = (nothing if p is None else _dense(p) for p in (given.weight, given.bias))
+    before = (nothing, nothing) if prior is None else (_dense(prior.mean), _dense(prior.var))
+    after, moved = (nothing, nothing), (0.0, 1.0, False)
     if running is not None:
         after = running.mean, running.var
         unbiased = 1 / (1 - 1 / count) if count > 1 else 1.0
@@ -172,7 +172,7 @@ def _parameters(
     return (weight, bias, *before, plan.prior, eps, *dense, *moved), copies
 
 
-def _absent(x: np.ndarray) -> np.ndarray:
+def absent(x: np.ndarray) -> np.ndarray:
     return _ABSENT[PARAMETER[element_type(x)]]
 
 

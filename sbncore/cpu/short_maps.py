@@ -29,10 +29,10 @@ FLUSH = 256  # values that are summed in float32
 
 @jit()
 def forward(
-    y, mask, x, residual, values, parameters, begin, length, weight, weigh, relu, stream, N, C, S, block,
-    counters,
+    y, mask, x, residual, values, parameters, partial, begin, length, weight, weigh, full, relu, stream, N, C,
+    S, block, sweep, spread, cached, counters,
 ):  # fmt: skip
-    """As `sbncore.cpu.channels_first.forward`."""
+    """As `sbncore.cpu.channels_first.forward`, of blocks alone."""
     if y is not None:
         stream = stream and aligned(y)
     sums, lanes = np.empty((2, block)), np.full((2, block * LANES), zero(x))
@@ -116,8 +116,8 @@ def flush_rows(sums, totals, p, channels, S):
 
 @jit()
 def backward(
-    dx, dresidual, dy, x, mask, values, total, dweight, dbias, begin, length, weight, scale, repairs, relu,
-    sampled, stream, N, C, S, block, counters,
+    dx, dresidual, dy, x, mask, values, total, partial, dweight, dbias, begin, length, weight, scale, full,
+    repairs, relu, sampled, stream, N, C, S, block, sweep, spread, cached, counters,
 ):  # fmt: skip
     """As `sbncore.cpu.channels_first.backward`; sums given in ``total``, all of dx is written anew."""
     writes = dx is not None or dresidual is not None

@@ -1,0 +1,125 @@
+"""The shorter way of a call over NumPy's arrays: what passed every check goes again, but for its memory.
+
+A large call finds Python's own objects out of the caches, where each costs ten times what it does in a loop.
+The long way (`sbncore.functional`, `sbncore.cpu.phases`) takes all else, and gives the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from sbncore.arrays import empty_like, give
+from sbncore.checks import Parameters, Running
+from sbncore.cpu import draws, engine
+from sbncore.cpu.phases import State, absent
+from sbncore.layout import Layout
+from sbncore.plans import Plan
+from sbncore.saved import ROWS, Saved
+
+
+def call_of(
+    x: np.ndarray, layout: Layout, plan: Plan, given: Parameters, out: Any, relu: bool, gradient: str
+) -> Call | None:
+    """Return the call for arguments such as these, checked, or None where each must go the long way."""
+    likes = [layout.lies(array) for array in (x, given.residual, out) if array is not None]
+    vectors = [p for p in (given.weight, given.bias) if p is not None]
+    floats = [p.flags.c_contiguous and p.dtype.kind == "f" for p in vectors]
+    if not x.size or plan.prior > 0 or not all(likes + floats):
+        return None
+    return Call(x, layout, plan, given, relu, gradient)
+
+
+class Call:
+    """Forward and backward over dense arrays alike, under plans that differ in their keys alone."""
+
+    def __init__(
+        self, x: np.ndarray, layout: Layout, plan: Plan, given: Parameters, relu: bool, gradient: str
+    ) -> None:
+        self.layout, self.plan, self.relu, self.gradient = layout, plan, relu, gradient
+        self.engine, self.C = engine.of(layout), layout.C
+        self.shape, self.strides, self.storage = x.shape, x.strides, x.dtype
+        self.order = layout.order
+        self.mask_size = engine.mask_size(layout) if relu and given.residual is not None else 0
+        self.absent = absent(x)
+        self.scale = float(layout.N * layout.S) if gradient == "sampled" else 0.0
+
+    def flat(self, array: np.ndarray) -> np.ndarray:
+        """Return the memory of an array of this call's, flat."""
+        if array.dtype is not self.storage:
+            array = array.view(self.storage)
+        return (array if self.order is None else array.transpose(self.order)).reshape(-1)
+
+    def forward(
+        self,
+        x: np.ndarray,
+        weight: np.ndarray | None,
+        bias: np.ndarray | None,
+        residual: np.ndarray | None,
+        out: np.ndarray | None,
+        plan: Plan | None,
+        eps: float,
+        running: Running | None,
+    ) -> tuple[Any, Saved] | None:
+        """`sbncore.forward`, or None where the long way must look closer."""
+        plan = plan or self.plan
+        for array in (x, weight, bias, residual):
+            if array is not None:
+                if not array.flags.behaved or (out is not None and np.may_share_memory(array, out)):
+                    return None
+        if plan.step is not None or not (out is None or out.flags.behaved):
+            return None
+        count, absent = plan.effective_count, self.absent
+        after, moved = (absent, absent), (0.0, 1.0, False)
+        if running is not None:
+            after, unbiased = running[:2], 1 / (1 - 1 / count) if count > 1 else 1.0
+            moved = running.factor, unbiased, running.skip_nonfinite
+            if not (after[0].flags.carray and after[1].flags.carray):
+                return None
+        flat, runs, values = self.flat(x), draws.runs_of(plan), np.empty((ROWS, self.C))
+        y = empty_like(flat) if out is None else self.flat(out)
+        mask = np.empty(self.mask_size, np.uint8) if self.mask_size else None
+        parameters = (
+            absent if weight is None else weight, absent if bias is None else bias, absent, absent, 0.0, eps,
+            *after, *moved,
+        )  # fmt: skip
+        self.engine.forward(
+            y, flat, None if residual is None else self.flat(residual), values, mask, parameters, self.relu,
+            runs, plan.full, 1.0,
+        )  # fmt: skip
+        saved = Saved(
+            x, flat, self.layout, plan, State(plan, runs, values, mask, count), weight, bias,
+            residual is not None, self.relu, self.gradient, self,
+        )  # fmt: skip
+        return give(self.layout.restore(y), x) if out is None else out, saved
+
+    def backward(self, dy: Any, saved: Saved, out: Any) -> tuple[Any, Any, Any, Any] | None:
+        """`sbncore.backward` of all that forward was given, or None where the long way must look closer."""
+        for array in (dy, out):
+            if array is None:
+                continue
+            if type(array) is not np.ndarray or array.dtype != saved.like.dtype or not array.flags.behaved:
+                return None
+            if array.shape != self.shape or array.strides != self.strides:
+                return None
+        if out is not None and (np.may_share_memory(out, dy) or np.may_share_memory(out, saved.x)):
+            return None
+        x, state, C = saved.x, saved.state, self.C
+        dx = empty_like(x) if out is None else self.flat(out)
+        dresidual = empty_like(x) if saved.residual and self.relu else None
+        dweight, dbias = (
+            self.absent if p is None else np.empty(C, p.dtype) for p in (saved.weight, saved.bias)
+        )
+        detached = self.gradient == "detached"
+        self.engine.backward(
+            dx, dresidual, self.flat(dy), x, state.mask, state.values, np.empty((2, C)), dweight, dbias,
+            self.relu, engine.NOWHERE if detached else state.runs, saved.plan.full, self.scale,
+        )  # fmt: skip
+        return (
+            give(self.layout.restore(dx), saved.like) if out is None else out,
+            None if saved.weight is None else dweight,
+            None if saved.bias is None else dbias,
+            None if not saved.residual
+            else dy if dresidual is None else give(self.layout.restore(dresidual), saved.like),
+        )  # fmt: skip
