@@ -28,7 +28,7 @@ class Call:
 
     def __init__(self, layout: Layout, dtype: torch.dtype, plan: Plan, masked: bool) -> None:
         self.layout, self.dtype, self.plan, self.engine = layout, dtype, plan, engine.of(layout)
-        self.full, self.channels = plan.full, (layout.C,)
+        self.full, self.channels, self.order = plan.full, (layout.C,), layout.order
         self.masked, self.mask_size = masked, engine.mask_size(layout) if masked else 0
         self.parameter = torch.float64 if dtype == torch.float64 else torch.float32
         self.absent = np.zeros(0, np.float64 if dtype == torch.float64 else np.float32)
@@ -43,14 +43,17 @@ class Call:
         bits = BITS.get(self.dtype)
         if bits is not None:
             tensor = tensor.view(torch.int16)
-        if self.layout.last:
-            tensor = tensor.movedim(1, -1)
-        flat: np.ndarray = tensor.detach().numpy().reshape(-1)
+        if tensor.requires_grad:
+            tensor = tensor.detach()
+        memory: np.ndarray = tensor.numpy()
+        flat = (memory if self.order is None else memory.transpose(self.order)).reshape(-1)
         return flat if bits is None else flat.view(bits)
 
     def vector(self, tensor: Tensor | None) -> np.ndarray:
         """Return the memory of a parameter, which `takes` has seen."""
-        return self.absent if tensor is None else tensor.detach().numpy()
+        if tensor is None:
+            return self.absent
+        return (tensor.detach() if tensor.requires_grad else tensor).numpy()
 
     def takes(self, *tensors: Tensor | None) -> bool:
         """Whether these are vectors that need no check: dense, of C values, in the parameters' dtype."""
@@ -71,7 +74,8 @@ class Call:
         """The operator's results; the running statistics themselves, moved, if ``in_place``."""
         C, prior = self.layout.C, self.plan.prior
         y, state = empty_like(x), torch.empty(ROWS * C + 1, dtype=torch.float64)
-        mask = torch.zeros(self.mask_size, dtype=torch.uint8)  # between rows lie words nobody writes
+        new = torch.zeros if self.masked else torch.empty  # between a mask's rows lie words nobody writes
+        mask = new(self.mask_size, dtype=torch.uint8)
         if running_mean is None or running_var is None:
             mean, var = torch.empty(0), torch.empty(0)
         elif in_place:
@@ -117,8 +121,8 @@ class Call:
             kept[:-1].reshape(ROWS, C), np.empty((2, C)), dweight.numpy(), dbias.numpy(), relu, runs,
             self.full, scale,
         )  # fmt: skip
-        nothing = torch.empty(0, dtype=self.dtype)
-        return nothing if dx is None else dx, dweight, dbias, nothing if dresidual is None else dresidual
+        dx, dresidual = (torch.empty(0, dtype=self.dtype) if d is None else d for d in (dx, dresidual))
+        return dx, dweight, dbias, dresidual
 
 
 @lru_cache(maxsize=1024)

@@ -25,8 +25,8 @@ from sbncore.cpu.channels import (
 from sbncore.cpu.compiled import inner, jit, loop
 from sbncore.cpu.counters import DONE, FINISHED, FIRST, LAST, SECOND, THIRD, WRITTEN
 from sbncore.cpu.elements import cast, zero
-from sbncore.cpu.lanes import aligned, fence
 from sbncore.cpu.rows import NEAR, add_row, normalize_row, repair_row
+from sbncore.cpu.stores import aligned, fence
 from sbncore.cpu.tasks import claim, wait
 
 BLOCK = 128  # channels whose sums are a task

@@ -28,11 +28,11 @@ from sbncore.cpu.lanes import (
     load_lanes,
     prefetch,
     read_bits,
-    store_lanes,
     total,
     where,
     write_bits,
 )
+from sbncore.cpu.stores import store_lanes
 
 CHUNK = 4096  # elements that are summed in float32, 16 ways
 NEAR = 512  # elements: how long before they are used those of a pass are fetched

@@ -16,8 +16,9 @@ from numba.extending import overload
 
 from sbncore.cpu.compiled import loop
 from sbncore.cpu.elements import cast
-from sbncore.cpu.lanes import LANES, at, blend, load_lanes, nothing, store_lanes, total, where
+from sbncore.cpu.lanes import LANES, at, blend, load_lanes, nothing, total, where
 from sbncore.cpu.rows import CHUNK, normalize_vector, repair_vector, sums_vector
+from sbncore.cpu.stores import store_lanes
 
 
 @loop(forceinline=True)

@@ -16,12 +16,13 @@ from sbncore.cpu.channels import (
     shift_of,
     spots_of,
 )
-from sbncore.cpu.channels_first import add_run, flush, mask_bytes
 from sbncore.cpu.compiled import jit, loop
 from sbncore.cpu.counters import FIRST
 from sbncore.cpu.elements import cast, sample_of, zero
-from sbncore.cpu.lanes import LANES, aligned, fence
+from sbncore.cpu.lanes import LANES
+from sbncore.cpu.passes import add_run, flush, mask_bytes
 from sbncore.cpu.rows import add_row, normalize_row, repair_row, sum_of
+from sbncore.cpu.stores import aligned, fence
 from sbncore.cpu.tasks import claim
 
 FLUSH = 256  # values that are summed in float32
