@@ -21,7 +21,7 @@ from sbncore.saved import Kept, Saved
 from sbncore.statistics import Statistics, public
 
 REMEMBERED = 1024  # kinds of arguments
-_full: dict[Any, Any] = {}  # what `Plan.known` is to calls without a plan
+_known: dict[Any, Any] = {}  # what `Plan.known` is to `normalize`
 
 
 class Grads(NamedTuple):
@@ -98,10 +98,12 @@ def forward_in_place(
     alike, call = None, None
     if prior is None and kept is None:
         alike = checks.likeness((x, weight, bias, residual, out), eps, channel_axis, activation, gradient)
-    known = _full if plan is None else plan.known if isinstance(plan, Plan) else {}
+    if plan is None and type(x) is np.ndarray and x.ndim > 1:
+        plan = Full().plan(x.shape, channel_axis=channel_axis)
+    known = plan.known if isinstance(plan, Plan) else {}
     if alike is not None:
         call = known.get(alike)
-        done = None if call is None else call.forward(x, weight, bias, residual, out, plan, eps, running)
+        done = call.forward(x, weight, bias, residual, out, plan, eps, running) if call else None
         if done is not None:
             return done  # type: ignore[no-any-return]
     view = checks.array(x, "x", channel_axis)
@@ -117,9 +119,7 @@ def forward_in_place(
     if out is not None:
         checks.output(out, view, (view, given.weight, given.bias), (given.residual,))
     if alike is not None and call is None:
-        if len(known) >= REMEMBERED:
-            known.clear()
-        known[alike] = _calls().call_of(view, layout, plan, given, out, activation == "relu", gradient)
+        remember(known, alike, _calls().call_of(view, layout, given, out, activation == "relu", gradient))
     with on_device(view):
         flat = layout.flatten(view)
         y = Result(flat, layout, x, out)
@@ -284,6 +284,14 @@ def normalize(
 
     Args and errors as `forward`, but that eps may be 0, and out may be x or the residual itself.
     """
+    alike, call = None, None
+    if isinstance(statistics, Statistics):
+        arrays = x, statistics.mean, statistics.var, weight, bias, residual, out
+        alike = checks.likeness(arrays, eps, channel_axis, activation)
+        call = None if alike is None else _known.get(alike)
+        y = call.normalize(*arrays, eps) if call else None
+        if y is not None:
+            return y
     view = checks.array(x, "x", channel_axis)
     layout = layout_of(view, channel_axis)
     if not isinstance(statistics, Statistics):
@@ -294,11 +302,20 @@ def normalize(
     by = checks.given(statistics, layout.C, view)
     if out is not None:
         checks.output(out, view, (given.weight, given.bias), (view, given.residual))
+    if alike is not None and call is None:
+        remember(_known, alike, _calls().call_of(view, layout, given, out, activation == "relu", by=by))
     with on_device(view):
         flat = layout.flatten(view)
         y = Result(flat, layout, x, out)
         phases_for(view).normalize(y.flat, flat, layout, by, given, eps, activation == "relu")
         return y.hand_back()
+
+
+def remember(known: dict[Any, Any], alike: Any, call: Any) -> None:
+    """Note how arguments such as these, which have passed all checks, go the shorter way, if they do."""
+    if len(known) >= REMEMBERED:
+        known.clear()
+    known[alike] = call or False
 
 
 def phases_for(view: np.ndarray) -> ModuleType:

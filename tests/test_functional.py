@@ -1,5 +1,6 @@
 """The public functions: batch_norm as torch's, the phases, out, needs, and what must not move."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 from conftest import TOLERANCE, error
@@ -274,6 +275,48 @@ def test_what_passed_once_is_still_checked_for_its_memory_and_its_types(rng):
             call()
     with pytest.raises(TypeError, match="mask"):
         sbn.forward(np.ma.masked_array(x), weight, plan=plan, eps=1.0)
+    statistics = saved.statistics
+    first = [sbn.normalize(x, statistics, weight, eps=1.0) for _ in range(2)]
+    assert (first[0] == first[1]).all()
+    with pytest.raises(ValueError, match="read-only"):
+        sbn.normalize(x, statistics, weight, eps=1.0, out=out)
+    with pytest.raises(ValueError, match="overlaps"):
+        sbn.normalize(x, statistics, weight, eps=1.0, out=x[::-1])
+    copy = x.copy()
+    assert sbn.normalize(copy, statistics, weight, eps=1.0, out=copy) is copy and (copy == first[0]).all()
+    with pytest.raises(TypeError, match="eps"):
+        sbn.normalize(x, statistics, weight, eps=True)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("extras", [(), ("relu",), ("residual",), ("relu", "residual")], ids=str)
+def test_the_shorter_way_gives_the_bits_of_the_longer(rng, dtype, axis, extras):
+    kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
+    wide = np.float64 if dtype == "float64" else np.float32
+    memory = rng.normal(size=(3, 8, 5, 6, 7)).astype(kind)
+    for arrays in (memory, np.moveaxis(memory, -1, 2) if axis == 1 else np.moveaxis(memory, 2, -1)):
+        x, dy, residual = arrays
+        C = x.shape[axis]
+        weight, bias, mean, var = rng.uniform(0.5, 1.5, size=(4, C)).astype(wide)
+        sampler = sbn.FeatureSampling(1 / 4)
+        options = {"channel_axis": axis, "activation": "relu" if "relu" in extras else None}
+        options["residual"] = residual if "residual" in extras else None
+        for gradient in ("exact", "sampled", "detached"):
+            results = []
+            for turn in range(3):
+                weight = weight.copy()
+                weight.flags.writeable = turn < 2  # the last again the longer way
+                plan = sampler.plan(x.shape, step=7, channel_axis=axis)
+                y, saved = sbn.forward(x, weight, bias, plan=plan, gradient=gradient, **options)
+                assert (saved.call is None) == (turn != 1)
+                grads = [each for each in sbn.backward(dy, saved) if each is not None]
+                z = sbn.normalize(x, sbn.Statistics(mean, var), weight, bias, **options)
+                assert all(each.dtype == kind for each in (y, z, grads[0]))
+                results.append([y, z, *grads, saved.statistics.mean, saved.statistics.var])
+            for one in results[1:]:
+                for a, b in zip(results[0], one, strict=True):
+                    assert a.shape == b.shape and a.strides == b.strides and a.tobytes() == b.tobytes()
 
 
 @pytest.mark.parametrize("step", [np.zeros((), np.int32), np.zeros((2,), np.int64), np.zeros((), np.float64)])

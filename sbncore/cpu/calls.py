@@ -17,31 +17,37 @@ from sbncore.cpu.phases import State, absent
 from sbncore.layout import Layout
 from sbncore.plans import Plan
 from sbncore.saved import ROWS, Saved
+from sbncore.statistics import Given
 
 
 def call_of(
-    x: np.ndarray, layout: Layout, plan: Plan, given: Parameters, out: Any, relu: bool, gradient: str
+    x: np.ndarray,
+    layout: Layout,
+    given: Parameters,
+    out: Any,
+    relu: bool,
+    gradient: str = "exact",
+    by: Given | None = None,
 ) -> Call | None:
     """Return the call for arguments such as these, checked, or None where each must go the long way."""
     likes = [layout.lies(array) for array in (x, given.residual, out) if array is not None]
-    vectors = [p for p in (given.weight, given.bias) if p is not None]
-    floats = [p.flags.c_contiguous and p.dtype.kind == "f" for p in vectors]
-    if not x.size or plan.prior > 0 or not all(likes + floats):
+    vectors = given.weight, given.bias, *((by.mean, by.var) if by else ())
+    floats = [p.flags.c_contiguous and p.dtype.kind == "f" for p in vectors if p is not None]
+    if not x.size or not all(likes + floats):
         return None
-    return Call(x, layout, plan, given, relu, gradient)
+    return Call(x, layout, given.residual is not None, relu, gradient)
 
 
 class Call:
     """Forward and backward over dense arrays alike, under plans that differ in their keys alone."""
 
     def __init__(
-        self, x: np.ndarray, layout: Layout, plan: Plan, given: Parameters, relu: bool, gradient: str
+        self, x: np.ndarray, layout: Layout, residual: bool, relu: bool, gradient: str
     ) -> None:
-        self.layout, self.plan, self.relu, self.gradient = layout, plan, relu, gradient
+        self.layout, self.relu, self.gradient = layout, relu, gradient
         self.engine, self.C = engine.of(layout), layout.C
-        self.shape, self.strides, self.storage = x.shape, x.strides, x.dtype
-        self.order = layout.order
-        self.mask_size = engine.mask_size(layout) if relu and given.residual is not None else 0
+        self.shape, self.strides, self.storage, self.order = x.shape, x.strides, x.dtype, layout.order
+        self.mask_size = engine.mask_size(layout) if relu and residual else 0
         self.absent = absent(x)
         self.scale = float(layout.N * layout.S) if gradient == "sampled" else 0.0
 
@@ -58,17 +64,12 @@ class Call:
         bias: np.ndarray | None,
         residual: np.ndarray | None,
         out: np.ndarray | None,
-        plan: Plan | None,
+        plan: Plan,
         eps: float,
         running: Running | None,
     ) -> tuple[Any, Saved] | None:
         """`sbncore.forward`, or None where the long way must look closer."""
-        plan = plan or self.plan
-        for array in (x, weight, bias, residual):
-            if array is not None:
-                if not array.flags.behaved or (out is not None and np.may_share_memory(array, out)):
-                    return None
-        if plan.step is not None or not (out is None or out.flags.behaved):
+        if plan.step is not None or not plain((x, weight, bias, residual), out):
             return None
         count, absent = plan.effective_count, self.absent
         after, moved = (absent, absent), (0.0, 1.0, False)
@@ -93,6 +94,32 @@ class Call:
             residual is not None, self.relu, self.gradient, self,
         )  # fmt: skip
         return give(self.layout.restore(y), x) if out is None else out, saved
+
+    def normalize(
+        self,
+        x: np.ndarray,
+        mean: np.ndarray,
+        var: np.ndarray,
+        weight: np.ndarray | None,
+        bias: np.ndarray | None,
+        residual: np.ndarray | None,
+        out: np.ndarray | None,
+        eps: float,
+    ) -> Any:
+        """`sbncore.normalize`, or None where the long way must look closer."""
+        if not plain((x, mean, var, weight, bias, residual), out):
+            return None
+        flat, absent = self.flat(x), self.absent
+        y = empty_like(flat) if out is None else self.flat(out)
+        parameters = (
+            absent if weight is None else weight, absent if bias is None else bias, mean, var, 1.0, eps,
+            absent, absent, 0.0, 1.0, False,
+        )  # fmt: skip
+        self.engine.forward(
+            y, flat, None if residual is None else self.flat(residual), np.empty((ROWS, self.C)), None,
+            parameters, self.relu, engine.NOWHERE, False, 0.0,
+        )  # fmt: skip
+        return give(self.layout.restore(y), x) if out is None else out
 
     def backward(self, dy: Any, saved: Saved, out: Any) -> tuple[Any, Any, Any, Any] | None:
         """`sbncore.backward` of all that forward was given, or None where the long way must look closer."""
@@ -123,3 +150,12 @@ class Call:
             None if not saved.residual
             else dy if dresidual is None else give(self.layout.restore(dresidual), saved.like),
         )  # fmt: skip
+
+
+def plain(inputs: tuple[np.ndarray | None, ...], out: np.ndarray | None) -> bool:
+    """Whether all are aligned and writeable, which Numba's types tell apart, and out lies by itself."""
+    for array in inputs:
+        if array is not None:
+            if not array.flags.behaved or (out is not None and np.may_share_memory(array, out)):
+                return False
+    return out is None or bool(out.flags.behaved)

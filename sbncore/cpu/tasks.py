@@ -42,12 +42,12 @@ def counted(typingctx: Any, counters: Any, k: Any) -> tuple[Any, Callable[..., A
 
 
 @loop()
-def nowhere():
+def stay():
     return 0
 
 
 # there may be more threads than cores
-give_way = types.ExternalFunction("sched_yield", types.int32()) if os.name == "posix" else nowhere
+give_way = types.ExternalFunction("sched_yield", types.int32()) if os.name == "posix" else stay
 
 
 @loop()
