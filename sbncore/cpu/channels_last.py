@@ -67,6 +67,7 @@ def forward(
     wait(counters, FINISHED, (C + BLOCK - 1) // BLOCK)
     if y is not None:
         shift, scale, offset = coefficients_in(rows, values, C)
+        near = NEAR if stream else 0
         while True:
             p0 = claim(counters, THIRD) * span
             if p0 >= N * S:
@@ -75,7 +76,7 @@ def forward(
             for o in range(p0 * C, end, tile * C):
                 normalize_row(
                     y, mask, x, residual, o, min(o + tile * C, end), shift, scale, offset, relu, stream,
-                    NEAR,
+                    near,
                 )  # fmt: skip
     if stream:
         fence()
