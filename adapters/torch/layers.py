@@ -117,9 +117,10 @@ class SampledBatchNorm(_BatchNorm):
             raise ValueError(
                 f"residual: expected shape {tuple(input.shape)} as input, got {tuple(residual.shape)}"
             )
-        if not self.training and self.running_mean is not None:
+        running_mean = self.running_mean
+        if not self.training and running_mean is not None:
             return self._evaluated(input, residual)
-        tracked = self.training and self.track_running_stats and self.running_mean is not None
+        tracked = self.training and self.track_running_stats and running_mean is not None
         if input.shape[1] != self.num_features and (self.affine or tracked):
             raise RuntimeError(
                 f"input: expected {self.num_features} channels, got shape {tuple(input.shape)}"
@@ -130,7 +131,7 @@ class SampledBatchNorm(_BatchNorm):
         counter = self.num_batches_tracked if tracked else self._untracked(input.device)
         step, counts = replay.step_of(self, counter)
         arguments = (
-            input, self.weight, self.bias, residual, self.running_mean if tracked else None,
+            input, self.weight, self.bias, residual, running_mean if tracked else None,
             self.running_var if tracked else None, step, self._options(),
         )  # fmt: skip
         group = None if self.process_group is None else group_of(self.process_group)

@@ -123,13 +123,13 @@ def _forward(
         quick = _quick()
         shape = quick.shape_of(x)
         call = quick.call_for(shape, sampler, relu and residual is not None)
-        vectors = weight, bias, running_mean, running_var
         beside = residual is None or quick.shape_of(residual) == shape
-        if call and eps > 0 and beside and call.takes(*vectors):
+        vectors = call and beside and eps > 0 and call.vectors(weight, bias, running_mean, running_var)
+        if vectors:
             draw = seed, layer, int(step)
             return call.forward(
-                x, weight, bias, residual, running_mean, running_var, draw, momentum, eps, relu,
-                skip_nonfinite, in_place,
+                x, vectors, residual, running_mean, running_var, draw, momentum, eps, relu, skip_nonfinite,
+                in_place,
             )  # fmt: skip
     x, residual = aligned(x), None if residual is None else aligned(residual)
     y, state, mask, mean, var = results = outputs(x, residual, relu, (running_mean, running_var))
@@ -175,7 +175,7 @@ def _backward(
         quick = _quick()
         shape = quick.shape_of(x)
         call = quick.call_for(shape, sampler, mask.numel() > 0)
-        if call and call.takes(weight, bias) and quick.shape_of(dy) == shape:
+        if call and call.vectors(weight, bias) and quick.shape_of(dy) == shape:
             return call.backward(dy, x, weight, bias, state, mask, seed, layer, relu, gradient, needs)
     wanted = [name for name, needed in zip(GRADIENTS, needs, strict=True) if needed]
     with engine_stream(x):

@@ -49,33 +49,36 @@ class Call:
         flat = (memory if self.order is None else memory.transpose(self.order)).reshape(-1)
         return flat if bits is None else flat.view(bits)
 
-    def vector(self, tensor: Tensor | None) -> np.ndarray:
-        """Return the memory of a parameter, which `takes` has seen."""
-        if tensor is None:
-            return self.absent
-        return (tensor.detach() if tensor.requires_grad else tensor).numpy()
-
-    def takes(self, *tensors: Tensor | None) -> bool:
-        """Whether these are vectors that need no check: dense, of C values, in the parameters' dtype."""
+    def vectors(self, *tensors: Tensor | None) -> list[np.ndarray] | None:
+        """Return parameters' memory, or None unless all are dense, of C values, in the parameters' dtype."""
+        views: list[np.ndarray] = []
         for t in tensors:
             if t is None:
+                views.append(self.absent)
                 continue
-            if t.dtype is not self.parameter or t.shape != self.channels or not t.is_cpu:
-                return False
-            if not t.is_contiguous():
-                return False
-        return True
+            if t.dtype is not self.parameter or not t.is_cpu:
+                return None
+            view = (t.detach() if t.requires_grad else t).numpy()
+            if view.shape != self.channels or not view.flags.c_contiguous:
+                return None
+            views.append(view)
+        return views
 
     def forward(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
-        running_mean: Tensor | None, running_var: Tensor | None, draw: tuple[int, int, int], momentum: float,
-        eps: float, relu: bool, skip_nonfinite: bool, in_place: bool,
+        self, x: Tensor, vectors: list[np.ndarray], residual: Tensor | None, running_mean: Tensor | None,
+        running_var: Tensor | None, draw: tuple[int, int, int], momentum: float, eps: float, relu: bool,
+        skip_nonfinite: bool, in_place: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        """The operator's results; the running statistics themselves, moved, if ``in_place``."""
+        """The operator's results; the running statistics themselves, moved, if ``in_place``.
+
+        ``vectors`` are weight, bias and the running statistics, by `vectors`.
+        """
+        weight, bias, *stored = vectors
         C, prior = self.layout.C, self.plan.prior
         y, state = empty_like(x), torch.empty(ROWS * C + 1, dtype=torch.float64)
         new = torch.zeros if self.masked else torch.empty  # between a mask's rows lie words nobody writes
         mask = new(self.mask_size, dtype=torch.uint8)
+        before, after = [self.absent, self.absent] if prior == 0 else stored, stored
         if running_mean is None or running_var is None:
             mean, var = torch.empty(0), torch.empty(0)
         elif in_place:
@@ -83,16 +86,11 @@ class Call:
             torch.autograd.graph.increment_version((mean, var))
         else:
             mean, var = running_mean.clone(), running_var.clone()
+            after = [mean.numpy(), var.numpy()]
         kept = state.numpy()
         kept[-1:].view(np.int64)[0] = draw[2]
-        before = after = (self.absent, self.absent)
-        if running_mean is not None:
-            after = mean.numpy(), var.numpy()
-            if prior > 0:
-                before = self.vector(running_mean), self.vector(running_var)
         parameters = (
-            self.vector(weight), self.vector(bias), *before, prior, eps, *after, momentum, self.unbiased,
-            skip_nonfinite,
+            weight, bias, *before, prior, eps, *after, momentum, self.unbiased, skip_nonfinite,
         )  # fmt: skip
         self.engine.forward(
             self.flat(y), self.flat(x), None if residual is None else self.flat(residual),
