@@ -16,7 +16,7 @@ from sbncore.statistics import Given, Statistics
 
 GRADIENTS = ("exact", "sampled", "detached")
 OUTPUTS = ("x", "weight", "bias", "residual")
-USUAL = (float, int, str, type(None))  # of options: True and numpy's 1.0 are equal to some of these
+USUAL = (float, int, str, type(None))  # types of options
 
 
 def array(value: Any, name: str, channel_axis: int) -> np.ndarray:
@@ -100,9 +100,11 @@ def likeness(arrays: tuple[Any, ...], *options: Any) -> Any:
         else:
             return None
     for option in options:
-        if type(option) not in USUAL:
+        kind = type(option)
+        if kind not in USUAL:
             return None
-    return *looks, *options
+        looks += kind, option  # 1.0 is equal to 1
+    return tuple(looks)
 
 
 def _overlap(a: np.ndarray, b: np.ndarray) -> bool:

@@ -259,7 +259,7 @@ def test_what_passed_once_is_still_checked_for_its_memory_and_its_types(rng):
         saved = sbn.forward(x, weight, plan=plan, eps=1.0, out=out)[1]
         sbn.backward(dy, saved, out=out)
         assert sbn.forward(x, eps=1.0)[0].shape == sbn.forward(x, eps=1.0)[0].shape
-    for wrong in ({"eps": True}, {"eps": 1.0, "channel_axis": True}):
+    for wrong in ({"eps": True}, {"eps": 1.0, "channel_axis": True}, {"eps": 1.0, "channel_axis": 1.0}):
         with pytest.raises(TypeError):
             sbn.forward(x, weight, plan=plan, out=out, **wrong)
     with pytest.raises(ValueError, match="overlaps"):
