@@ -5,30 +5,30 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
-from sbncore.hashing import layer_key
+from sbncore.hashing import layer_key, stream_key
 from sbncore.plans import Part, Plan, StepKey
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows a sampler may draw from and the map of each, with the streams its parts draw from."""
+    """The rows a sampler may draw from and the map of each, with the keys of its draws."""
 
     first: int
     rows: int
     spatial: tuple[int, ...]
-    streams: Iterator[int]
+    keys: Iterator[Any]
 
     @property
     def S(self) -> int:
         return math.prod(self.spatial)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # each class that has fields compares them
 class Sampler:
     """Base of all samplers: a comparable, hashable value with one public method, `plan`."""
 
@@ -60,23 +60,29 @@ class Sampler:
             ValueError: if the sample is larger than what there is to draw from, or a single value.
             TypeError: if seed, layer or step is not an integer.
         """
-        recipe = _recipe(self, tuple(map(operator.index, shape)), channel_axis)
-        if recipe.count < fewest and recipe.prior == 0 and recipe.parts:
+        sizes, axis = tuple(map(operator.index, shape)), integer("channel_axis", channel_axis)
+        recipe = _recipe(self, sizes, axis) if self.settled else None
+        words = seed, layer, step
+        if not type(seed) is type(layer) is type(step) is int:
+            words = integer("seed", seed), integer("layer", layer), _step(step)
+        if is_array(step):
+            key: Callable[[Any], Any] = partial(StepKey, layer_key(*words[:2]), step)
+            plan = recipe.keyed(key) if recipe else _draw(self, sizes, axis, map(key, itertools.count()))
+        elif recipe:
+            plan = recipe.drawn(*words)
+        else:
+            plan = _draw(self, sizes, axis, map(partial(stream_key, *words), itertools.count()))
+        if plan.count < fewest and plan.prior == 0 and 0 not in plan.shape:
             raise ValueError(
                 "expected more than 1 value per channel when training, got a sample of a single "
                 f"value: {self} of shape {tuple(shape)}; a count, a ratio or at_least can raise it"
             )
-        if type(seed) is type(layer) is type(step) is int:
-            return recipe.drawn(seed, layer, step)
-        seed, layer = integer("seed", seed), integer("layer", layer)
-        if not is_array(step):
-            return recipe.drawn(seed, layer, integer("step", step))
-        if str(step.dtype).rpartition(".")[2] != "int64" or math.prod(step.shape) != 1:
-            raise TypeError(
-                f"step: expected an integer or an array of one int64, got {step.dtype} of shape "
-                f"{tuple(step.shape)}"
-            )
-        return recipe.keyed(partial(StepKey, layer_key(seed, layer), step))
+        return plan
+
+    @property
+    def settled(self) -> bool:
+        """Whether all but keys follows from the sampler, as it compares, and the shape: of sbncore's own."""
+        return type(self).__module__ == "sbncore.samplers"
 
     @property
     def virtual(self) -> int:
@@ -88,17 +94,32 @@ class Sampler:
         raise NotImplementedError
 
 
-@lru_cache(maxsize=1024, typed=True)
+@lru_cache(maxsize=1024)
 def _recipe(sampler: Sampler, shape: tuple[int, ...], channel_axis: int) -> Plan:
     """Return what is drawn of a shape, but for where: its parts' keys are the numbers of their streams."""
+    return _draw(sampler, shape, channel_axis, itertools.count())
+
+
+def _draw(sampler: Sampler, shape: tuple[int, ...], channel_axis: int, keys: Iterator[Any]) -> Plan:
     outer = batch_shape(shape, channel_axis)
     if 0 in outer:
         return Plan(outer, ())
     virtual = sampler.virtual
     if virtual > outer[0]:
         raise ValueError(f"VirtualSamples: expected at most the batch's {outer[0]} samples, got {virtual}")
-    batch = Batch(0, outer[0], outer[1:], itertools.count())
-    return Plan(outer, *sampler.draw(batch, outer[0] - virtual), virtual)
+    return Plan(outer, *sampler.draw(Batch(0, outer[0], outer[1:], keys), outer[0] - virtual), virtual)
+
+
+def _step(step: Any) -> Any:
+    """Return a step as an int, or the array of one that holds it."""
+    if not is_array(step):
+        return integer("step", step)
+    if str(step.dtype).rpartition(".")[2] != "int64" or math.prod(step.shape) != 1:
+        raise TypeError(
+            f"step: expected an integer or an array of one int64, got {step.dtype} of shape "
+            f"{tuple(step.shape)}"
+        )
+    return step
 
 
 def batch_shape(shape: Sequence[int], channel_axis: int) -> tuple[int, ...]:

@@ -117,7 +117,9 @@ def forward_in_place(
     given = checks.parameters(view, layout, weight, bias, residual)
     by = None if prior is None else checks.given(prior, layout.C, view)
     if out is not None:
-        checks.output(out, view, (view, given.weight, given.bias), (given.residual,))
+        read = () if by is None else (by.mean, by.var)
+        moved = () if running is None else (running.mean, running.var)
+        checks.output(out, view, (view, given.weight, given.bias, *read, *moved), (given.residual,))
     if alike is not None and call is None:
         remember(known, alike, _calls().call_of(view, layout, given, out, activation == "relu", gradient))
     with on_device(view):
@@ -301,7 +303,8 @@ def normalize(
     given = checks.parameters(view, layout, weight, bias, residual)
     by = checks.given(statistics, layout.C, view)
     if out is not None:
-        checks.output(out, view, (given.weight, given.bias), (view, given.residual))
+        apart = given.weight, given.bias, by.mean, by.var
+        checks.output(out, view, apart, (view, given.residual))
     if alike is not None and call is None:
         remember(_known, alike, _calls().call_of(view, layout, given, out, activation == "relu", by=by))
     with on_device(view):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -248,7 +248,8 @@ class Plan:
         """Return what is drawn at the present step, where an array holds it; else this plan."""
         if self.step is None:
             return self
-        return self.keyed(lambda key: key.now())
+        parts = tuple(replace(part, key=part.key.now()) for part in self.parts)
+        return Plan(self.shape, parts, self.prior, self.virtual)
 
     @cached_property
     def apart(self) -> bool:

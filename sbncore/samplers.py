@@ -119,8 +119,8 @@ class FeatureSampling(Sampler):
         else:
             length, stride = 1, S // positions
         common = self.place == "common"
-        stream = next(batch.streams)
-        return (MapPlaces(1.0, stream, batch.first, real, positions, length, stride, align, common),), 0.0
+        key = next(batch.keys)
+        return (MapPlaces(1.0, key, batch.first, real, positions, length, stride, align, common),), 0.0
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class NaiveSampling(Sampler):
     def draw(self, batch: Batch, real: int) -> tuple[tuple[Part, ...], float]:
         total = real * batch.S
         positions = min(total, max(_amount(self, total, "values of a channel"), self.at_least))
-        return (ScatteredPlaces(1.0, next(batch.streams), batch.first, real, positions),), 0.0
+        return (ScatteredPlaces(1.0, next(batch.keys), batch.first, real, positions),), 0.0
 
 
 @dataclass(frozen=True)
@@ -192,6 +192,10 @@ class Mixture(Sampler):
         object.__setattr__(self, "components", tuple(pairs))
 
     @property
+    def settled(self) -> bool:
+        return super().settled and all(sampler.settled for _, sampler in self.components)
+
+    @property
     def virtual(self) -> int:
         return max(sampler.virtual for _, sampler in self.components)
 
@@ -226,6 +230,10 @@ class Prior(Sampler):
             raise TypeError(f"Prior: expected a sampler, got {self.sampler!r}")
 
     @property
+    def settled(self) -> bool:
+        return super().settled and self.sampler.settled
+
+    @property
     def virtual(self) -> int:
         return self.sampler.virtual
 
@@ -238,7 +246,7 @@ class Prior(Sampler):
 
 
 def _whole(batch: Batch, first: int, rows: int, samples: int, stride: int) -> Part:
-    return WholeSamples(1.0, next(batch.streams), batch.first + first, rows, samples, stride, batch.S)
+    return WholeSamples(1.0, next(batch.keys), batch.first + first, rows, samples, stride, batch.S)
 
 
 def _weight(name: str, value: float) -> float:

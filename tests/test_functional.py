@@ -288,6 +288,39 @@ def test_what_passed_once_is_still_checked_for_its_memory_and_its_types(rng):
         sbn.normalize(x, statistics, weight, eps=True)
 
 
+def test_outputs_lie_apart_from_statistics(rng):
+    x = rng.normal(size=(8, 3, 7, 7)).astype(np.float32)
+    out = np.empty_like(x)
+    inside = out.reshape(-1)[:3]
+    inside[:] = 1
+    other, prior = np.ones(3, np.float32), sbn.Prior(0.5).plan(x.shape)
+    for mean, var in ((inside, other), (other, inside)):
+        given = sbn.Statistics(mean, var)
+        for call in (
+            lambda given=given: sbn.normalize(x, given, out=out),
+            lambda given=given: sbn.forward(x, plan=prior, prior=given, out=out),
+            lambda mean=mean, var=var: sbn.batch_norm(x, mean, var, training=True, out=out),
+            lambda mean=mean, var=var: sbn.batch_norm(x, mean, var, out=out),
+        ):
+            with pytest.raises(ValueError, match="overlaps"):
+                call()
+    assert (inside == 1).all() and (other == 1).all()
+
+
+def test_an_eps_of_another_type_compiles_nothing(rng):
+    from sbncore.cpu import channels_first
+
+    x = rng.normal(size=(8, 3, 7, 7)).astype(np.float32)
+    plan, given = sbn.Full().plan(x.shape), sbn.Statistics(np.ones(3, np.float32), np.ones(3, np.float32))
+    expected = [sbn.forward(x, plan=plan, eps=1.0)[0], sbn.normalize(x, given, eps=1.0)]
+    compiled = len(channels_first.forward.signatures)
+    for _ in range(2):
+        got = [sbn.forward(x, plan=plan, eps=1)[0], sbn.normalize(x, given, eps=1)]
+        assert all((a == b).all() for a, b in zip(expected, got, strict=True))
+        sbn.forward(x, plan=plan, eps=2**70)
+    assert len(channels_first.forward.signatures) == compiled
+
+
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("axis", [1, -1])
 @pytest.mark.parametrize("extras", [(), ("relu",), ("residual",), ("relu", "residual")], ids=str)

@@ -10,6 +10,7 @@ from scipy import stats
 import sbncore as sbn
 from sbncore import hashing
 from sbncore.hashing import absorb, distinct, mix, stream_key
+from sbncore.plans import WholeSamples
 
 SHAPE = (6, 2, 4, 8)  # N, C, H, W: 192 places a channel
 DRAWS = 4000
@@ -48,6 +49,44 @@ def test_all_and_a_single_one_are_two_samplers(kind):
     assert kind(1) != kind(1.0) and kind(1.0) == kind(1.0) and hash(kind(1)) == hash(kind(1))
     counts = [kind(amount, at_least=2).plan(SHAPE).count for amount in (1.0, 1, 1.0)]
     assert counts[0] == counts[2] == 192 > counts[1]
+
+
+class Half(sbn.Sampler):
+    """A user's own, that compares by identity and keeps its keys."""
+
+    def __init__(self, k):
+        object.__setattr__(self, "k", k)
+        object.__setattr__(self, "keys", [])
+
+    def draw(self, batch, real):
+        parts, prior = sbn.BatchSampling(self.k).draw(batch, real)
+        self.keys.append(parts[0].key)
+        return parts, prior
+
+
+def test_a_users_own_sampler_draws_anew_with_real_keys():
+    one, three = Half(1), Half(3)
+    assert one != Half(1) and [each.plan(SHAPE).count for each in (one, three)] == [32, 96]
+    for outer in (one, sbn.Prior(0.5, one), sbn.Mixture([(1.0, one)])):
+        plans = [outer.plan(SHAPE, seed=5, layer=1, step=step) for step in (1, 2, 1)]
+        assert plans[0] == plans[2] != plans[1]
+        assert one.keys[-3:] == [stream_key(5, 1, step, 0) for step in (1, 2, 1)]
+        assert plans[0] == outer.plan(SHAPE, seed=5, layer=1, step=np.array(1)).now()
+
+
+def test_a_part_of_ones_own_is_asked_for_its_places(rng):
+    class Shifted(WholeSamples):
+        def places(self, S):
+            begin, length = super().places(S)
+            return (begin + S) % (self.rows * S), length
+
+    plan = sbn.BatchSampling(2).plan(SHAPE, step=3)
+    part = plan.parts[0]
+    own = sbn.Plan(plan.shape, (Shifted(*(getattr(part, f) for f in part.__dataclass_fields__)),))
+    x = rng.normal(size=SHAPE)
+    p = own.weights()
+    assert (p != plan.weights()).any()
+    assert error(sbn.moments(x, own).mean, (x * p[:, None]).sum((0, 2, 3))) < 1e-12
 
 
 @pytest.mark.parametrize("sampler", PARTIAL, ids=str)

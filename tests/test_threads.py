@@ -78,6 +78,21 @@ raise SystemExit(os.waitstatus_to_exitcode(status))
     assert done.returncode == 0, done.stderr
 
 
+def test_a_call_while_python_exits_does_without_the_pool():
+    script = """
+import atexit
+import numpy as np, sbncore as sbn
+from sbncore.cpu import engine
+engine.PARALLEL = 1
+sbn.set_num_threads(3)
+x = np.random.default_rng(0).normal(size=(16, 32, 40, 40)).astype(np.float32)
+before = sbn.forward(x)[0]
+atexit.register(lambda: print((sbn.forward(x)[0] == before).all()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], timeout=300, capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr
+
+
 def test_the_environment_sets_the_number():
     script = "import sbncore; print(sbncore.get_num_threads())"
     environment = {**os.environ, "SBNCORE_NUM_THREADS": "5", "OMP_NUM_THREADS": "4"}

@@ -1,5 +1,8 @@
 """The shorter way of a call on the CPU gives the long way's bits, and is taken where it should be."""
 
+from dataclasses import dataclass
+
+import numpy as np
 import pytest
 from conftest import TOLERANCE
 from product import SAMPLERS
@@ -77,9 +80,11 @@ def test_what_is_odd_goes_the_long_way():
         assert quick.call_for(quick.shape_of(view), names.name_of(sbn.Full()), False) is None
     for view in (x, x.to(memory_format=torch.channels_last), x[:, :, 0, 0].clone(), x[2:]):
         call = quick.call_for(quick.shape_of(view), names.name_of(sbn.Full()), False)
-        assert call is not None and call.takes(torch.ones(5), None)
-        assert not call.takes(torch.ones(6)) and not call.takes(torch.ones(5).double())
-        assert not call.takes(torch.ones(10)[::2])
+        assert call is not None and [v.size for v in call.vectors(torch.ones(5), None)] == [5, 0]
+        some = torch.ones(5)
+        for odd in (torch.ones(6), some.double(), torch.ones(10)[::2], torch._neg_view(some)):
+            assert call.vectors(odd) is None
+        assert not quick.fits(torch._neg_view(view), quick.shape_of(view))
         assert (call.flat(view) == view.as_strided((view.numel(),), (1,)).numpy()).all()
 
 
@@ -92,3 +97,34 @@ def test_large_outputs_are_torchs_own_memory():
     pages.advise(y.data_ptr() + 1, 5000)
     pages.advise(y.data_ptr(), 0)
     assert y.isfinite().all()
+
+
+def test_a_prior_wants_statistics_and_options_are_floats():
+    x = torch.randn(8, 5, 6, 7)
+    for sampler in (sbn.Prior(0.5, sbn.Full()), sbn.Prior(0.5, sbn.NaiveSampling(1 / 2))):
+        layer = SampledBatchNorm2d(5, track_running_stats=False, sampler=sampler)
+        with pytest.raises(ValueError, match="prior: expected Statistics"):
+            layer(x)
+    expected = SampledBatchNorm2d(5, momentum=1.0, eps=1.0)(x)
+    from sbncore.cpu import channels_first
+
+    compiled = len(channels_first.forward.signatures)
+    assert torch.equal(SampledBatchNorm2d(5, momentum=1, eps=np.float32(1))(x), expected)
+    assert len(channels_first.forward.signatures) == compiled
+    with pytest.raises(ValueError, match="eps"):
+        SampledBatchNorm2d(5, eps=float("inf"))(x)
+
+
+def test_samplers_of_one_repr_are_told_apart():
+    def made(k):
+        @dataclass(frozen=True)
+        class Some(sbn.Sampler):
+            def draw(self, batch, real):
+                return sbn.BatchSampling(k).draw(batch, real)
+
+        return Some()
+
+    x = torch.randn(8, 5, 6, 7)
+    results = [SampledBatchNorm2d(5, sampler=made(k))(x) for k in (1, 4)]
+    for k, y in zip((1, 4), results, strict=True):
+        assert torch.equal(y, SampledBatchNorm2d(5, sampler=sbn.BatchSampling(k))(x))

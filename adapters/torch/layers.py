@@ -150,9 +150,9 @@ class SampledBatchNorm(_BatchNorm):
             raise ValueError("gradient: 'sampled' expects a sample of the batch, got virtual samples too")
 
     def _options(self) -> Options:
-        momentum = 1.0 if self.momentum is None else self.momentum
+        momentum = 1.0 if self.momentum is None else float(self.momentum)
         return Options(
-            self._name, ops.word(self.seed), ops.word(self.layer), momentum, self.eps,
+            self._name, ops.word(self.seed), ops.word(self.layer), momentum, float(self.eps),
             self.activation == "relu", self.skip_nonfinite, self.gradient,
         )  # fmt: skip
 

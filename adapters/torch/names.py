@@ -8,9 +8,12 @@ _samplers: dict[str, sbn.Sampler] = {}
 
 
 def name_of(sampler: sbn.Sampler) -> str:
-    """Return the name of a sampler in this process."""
-    name = repr(sampler)
-    _samplers[name] = sampler
+    """Return the name of a sampler in this process: its repr, and a number where another bears that."""
+    name = first = repr(sampler)
+    number = 1
+    while _samplers.setdefault(name, sampler) != sampler:
+        number += 1
+        name = f"{first} #{number}"
     return name
 
 

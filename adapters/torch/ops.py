@@ -7,6 +7,7 @@ anew what forward drew.
 
 from __future__ import annotations
 
+import math
 from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any
@@ -123,9 +124,9 @@ def _forward(
         quick = _quick()
         shape = quick.shape_of(x)
         call = quick.call_for(shape, sampler, relu and residual is not None)
-        beside = residual is None or quick.shape_of(residual) == shape
-        vectors = call and beside and eps > 0 and call.vectors(weight, bias, running_mean, running_var)
-        if vectors:
+        fits = not x.is_neg() and (residual is None or quick.fits(residual, shape)) and 0 < eps < math.inf
+        vectors = call and fits and call.vectors(weight, bias, running_mean, running_var)
+        if vectors and (call.plan.prior == 0 or running_mean is not None):
             draw = seed, layer, int(step)
             return call.forward(
                 x, vectors, residual, running_mean, running_var, draw, momentum, eps, relu, skip_nonfinite,
@@ -175,7 +176,7 @@ def _backward(
         quick = _quick()
         shape = quick.shape_of(x)
         call = quick.call_for(shape, sampler, mask.numel() > 0)
-        if call and call.vectors(weight, bias) and quick.shape_of(dy) == shape:
+        if call and call.vectors(weight, bias) and not x.is_neg() and quick.fits(dy, shape):
             return call.backward(dy, x, weight, bias, state, mask, seed, layer, relu, gradient, needs)
     wanted = [name for name, needed in zip(GRADIENTS, needs, strict=True) if needed]
     with engine_stream(x):

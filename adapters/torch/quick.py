@@ -56,7 +56,7 @@ class Call:
             if t is None:
                 views.append(self.absent)
                 continue
-            if t.dtype is not self.parameter or not t.is_cpu:
+            if t.dtype is not self.parameter or not t.is_cpu or t.is_neg():
                 return None
             view = (t.detach() if t.requires_grad else t).numpy()
             if view.shape != self.channels or not view.flags.c_contiguous:
@@ -132,12 +132,17 @@ def call_for(x: Shape, sampler: str, masked: bool) -> Call | None:
         return None
     layout, plan = layout_of(like), named(sampler).plan(shape)
     dense = like.movedim(1, -1) if layout.last else like
-    if not dense.is_contiguous() or not draws.takes(plan):
+    if not dense.is_contiguous() or plan.words is None or not draws.takes(plan):
         return None
     return Call(layout, dtype, plan, masked)
 
 
 Shape = tuple[torch.Size, tuple[int, ...], torch.dtype]
+
+
+def fits(tensor: Tensor, shape: Shape) -> bool:
+    """Whether a tensor lies as another of that shape."""
+    return shape_of(tensor) == shape and not tensor.is_neg()
 
 
 def shape_of(x: Tensor) -> Shape:

@@ -69,7 +69,8 @@ class Call:
         running: Running | None,
     ) -> tuple[Any, Saved] | None:
         """`sbncore.forward`, or None where the long way must look closer."""
-        if plan.step is not None or not plain((x, weight, bias, residual), out):
+        beside = () if running is None else running[:2]
+        if plan.step is not None or not plain((x, weight, bias, residual, *beside), out):
             return None
         count, absent = plan.effective_count, self.absent
         after, moved = (absent, absent), (0.0, 1.0, False)
@@ -82,8 +83,8 @@ class Call:
         y = empty_like(flat) if out is None else self.flat(out)
         mask = np.empty(self.mask_size, np.uint8) if self.mask_size else None
         parameters = (
-            absent if weight is None else weight, absent if bias is None else bias, absent, absent, 0.0, eps,
-            *after, *moved,
+            absent if weight is None else weight, absent if bias is None else bias, absent, absent, 0.0,
+            float(eps), *after, *moved,
         )  # fmt: skip
         self.engine.forward(
             y, flat, None if residual is None else self.flat(residual), values, mask, parameters, self.relu,
@@ -112,8 +113,8 @@ class Call:
         flat, absent = self.flat(x), self.absent
         y = empty_like(flat) if out is None else self.flat(out)
         parameters = (
-            absent if weight is None else weight, absent if bias is None else bias, mean, var, 1.0, eps,
-            absent, absent, 0.0, 1.0, False,
+            absent if weight is None else weight, absent if bias is None else bias, mean, var, 1.0,
+            float(eps), absent, absent, 0.0, 1.0, False,
         )  # fmt: skip
         self.engine.forward(
             y, flat, None if residual is None else self.flat(residual), np.empty((ROWS, self.C)), None,

@@ -12,7 +12,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -75,7 +75,9 @@ def run(kernel: Callable[..., None], tasks: int, parallel: bool, *arguments: Any
     if pool is None:
         pool, _pool_size = ThreadPoolExecutor(_threads, thread_name_prefix="sbncore"), _threads
         _pool = pool
-    others = [pool.submit(kernel, *arguments, counts) for _ in range(threads - 1)]
+    others: list[Future[None]] = []
+    with contextlib.suppress(RuntimeError):  # while Python exits: this thread does all the tasks
+        others += (pool.submit(kernel, *arguments, counts) for _ in range(threads - 1))
     try:
         kernel(*arguments, counts)
     finally:
