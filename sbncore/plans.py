@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from sbncore.hashing import MASK, absorb, bounded, distinct, stream_key
 
 Ints = NDArray[np.int64]
+# of a plan, what its parts' keys do not change
 KEYLESS = "shape", "prior", "virtual", "S", "count", "apart", "full", "total", "known", "_count_apart"
 
 

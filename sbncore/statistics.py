@@ -87,6 +87,11 @@ def merge_moments(moments: list[Moments], weights: tuple[float, ...]) -> Moments
     return mean, var, 1 / inverse if inverse else math.inf  # type: ignore[return-value]
 
 
+def unbiased(count: float) -> float:
+    """Return what makes the variance of so many values unbiased; of one value it stays 0."""
+    return 1 / (1 - 1 / count) if count > 1 else 1.0
+
+
 def public(moments: Moments, dtype: Any, like: Any) -> Statistics:
     """Return Statistics in the given NumPy dtype and in the type of the array ``like``."""
     mean, var, count = moments

@@ -176,7 +176,8 @@ def _backward(
         quick = _quick()
         shape = quick.shape_of(x)
         call = quick.call_for(shape, sampler, mask.numel() > 0)
-        if call and call.vectors(weight, bias) and not x.is_neg() and quick.fits(dy, shape):
+        suits = call and all(p is None or p.dtype is call.parameter for p in (weight, bias))
+        if suits and not x.is_neg() and quick.fits(dy, shape):
             return call.backward(dy, x, weight, bias, state, mask, seed, layer, relu, gradient, needs)
     wanted = [name for name, needed in zip(GRADIENTS, needs, strict=True) if needed]
     with engine_stream(x):

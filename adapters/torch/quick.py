@@ -18,6 +18,7 @@ from sbncore.cpu import draws, engine
 from sbncore.layout import Layout
 from sbncore.plans import Plan
 from sbncore.saved import ROWS
+from sbncore.statistics import unbiased
 
 DRAWS = 64  # layers of one shape between a forward and its backward
 BITS = {torch.float16: np.int16, torch.bfloat16: np.uint16}
@@ -32,8 +33,7 @@ class Call:
         self.masked, self.mask_size = masked, engine.mask_size(layout) if masked else 0
         self.parameter = torch.float64 if dtype == torch.float64 else torch.float32
         self.absent = np.zeros(0, np.float64 if dtype == torch.float64 else np.float32)
-        count = plan.effective_count
-        self.unbiased = 1 / (1 - 1 / count) if count > 1 else 1.0
+        self.unbiased = unbiased(plan.effective_count)
         self.weigh = 1 / (1 - plan.prior)
         # the last ones are kept, since backward asks for forward's again
         self.runs = lru_cache(maxsize=DRAWS)(draws.drawing(plan.recipe))

@@ -15,9 +15,9 @@ from sbncore.checks import Parameters, Running
 from sbncore.cpu import draws, engine
 from sbncore.cpu.phases import State, absent
 from sbncore.layout import Layout
-from sbncore.plans import Plan
+from sbncore.plans import Plan, Runs
 from sbncore.saved import ROWS, Saved
-from sbncore.statistics import Given
+from sbncore.statistics import Given, unbiased
 
 
 def call_of(
@@ -72,29 +72,22 @@ class Call:
         beside = () if running is None else running[:2]
         if plan.step is not None or not plain((x, weight, bias, residual, *beside), out):
             return None
-        count, absent = plan.effective_count, self.absent
-        after, moved = (absent, absent), (0.0, 1.0, False)
+        count, beside, moved = plan.effective_count, (self.absent, self.absent), (0.0, 1.0, False)
         if running is not None:
-            after, unbiased = running[:2], 1 / (1 - 1 / count) if count > 1 else 1.0
-            moved = running.factor, unbiased, running.skip_nonfinite
-            if not (after[0].flags.carray and after[1].flags.carray):
+            beside, moved = running[:2], (running.factor, unbiased(count), running.skip_nonfinite)
+            if not (beside[0].flags.carray and beside[1].flags.carray):
                 return None
         flat, runs, values = self.flat(x), draws.runs_of(plan), np.empty((ROWS, self.C))
-        y = empty_like(flat) if out is None else self.flat(out)
         mask = np.empty(self.mask_size, np.uint8) if self.mask_size else None
-        parameters = (
-            absent if weight is None else weight, absent if bias is None else bias, absent, absent, 0.0,
-            float(eps), *after, *moved,
-        )  # fmt: skip
-        self.engine.forward(
-            y, flat, None if residual is None else self.flat(residual), values, mask, parameters, self.relu,
-            runs, plan.full, 1.0,
+        y = self.write(
+            x, flat, weight, bias, residual, out, values, mask,
+            (self.absent, self.absent, 0.0, float(eps), *beside, *moved), runs, plan.full, 1.0,
         )  # fmt: skip
         saved = Saved(
             x, flat, self.layout, plan, State(plan, runs, values, mask, count), weight, bias,
             residual is not None, self.relu, self.gradient, self,
         )  # fmt: skip
-        return give(self.layout.restore(y), x) if out is None else out, saved
+        return y, saved
 
     def normalize(
         self,
@@ -110,15 +103,33 @@ class Call:
         """`sbncore.normalize`, or None where the long way must look closer."""
         if not plain((x, mean, var, weight, bias, residual), out):
             return None
-        flat, absent = self.flat(x), self.absent
-        y = empty_like(flat) if out is None else self.flat(out)
-        parameters = (
-            absent if weight is None else weight, absent if bias is None else bias, mean, var, 1.0,
-            float(eps), absent, absent, 0.0, 1.0, False,
+        absent = self.absent
+        return self.write(
+            x, self.flat(x), weight, bias, residual, out, np.empty((ROWS, self.C)), None,
+            (mean, var, 1.0, float(eps), absent, absent, 0.0, 1.0, False), engine.NOWHERE, False, 0.0,
         )  # fmt: skip
+
+    def write(
+        self,
+        x: np.ndarray,
+        flat: np.ndarray,
+        weight: np.ndarray | None,
+        bias: np.ndarray | None,
+        residual: np.ndarray | None,
+        out: np.ndarray | None,
+        values: np.ndarray,
+        mask: np.ndarray | None,
+        rest: tuple[Any, ...],
+        runs: Runs,
+        full: bool,
+        weigh: float,
+    ) -> Any:
+        """Run the engine's forward and return y; ``rest`` are its parameters behind weight and bias."""
+        y, absent = empty_like(flat) if out is None else self.flat(out), self.absent
+        parameters = absent if weight is None else weight, absent if bias is None else bias, *rest
         self.engine.forward(
-            y, flat, None if residual is None else self.flat(residual), np.empty((ROWS, self.C)), None,
-            parameters, self.relu, engine.NOWHERE, False, 0.0,
+            y, flat, None if residual is None else self.flat(residual), values, mask, parameters, self.relu,
+            runs, full, weigh,
         )  # fmt: skip
         return give(self.layout.restore(y), x) if out is None else out
 

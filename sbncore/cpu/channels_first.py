@@ -31,7 +31,17 @@ from sbncore.cpu.compiled import jit
 from sbncore.cpu.counters import DONE, FINISHED, FIRST, SECOND, THIRD
 from sbncore.cpu.elements import cast, zero
 from sbncore.cpu.lanes import LANES
-from sbncore.cpu.passes import add, add_runs, keep, lines, normalize, repair_run, write, write_all
+from sbncore.cpu.passes import (
+    add,
+    add_runs,
+    keep,
+    lines,
+    normalize,
+    part_of,
+    repair_run,
+    write,
+    write_all,
+)
 from sbncore.cpu.rows import NEAR
 from sbncore.cpu.stores import aligned, fence
 from sbncore.cpu.tasks import claim, wait
@@ -56,15 +66,13 @@ def forward(
     size = max(block, sweep)
     sums, lanes = np.empty((2, size)), np.full((2, size * LANES), zero(x))
     spots = spots_of(begin, length, C, S, False)
-    across = -(-C // sweep)
-    tasks = across * -(-N // spread)
+    tasks = -(-C // sweep) * -(-N // spread)
     if swept:
         while True:
             t = claim(counters, FIRST)
             if t >= tasks:
                 break
-            g, c0 = t // across, t % across * sweep
-            n0, n1, c1 = g * spread, min(N, (g + 1) * spread), min(C, c0 + sweep)
+            g, n0, n1, c0, c1 = part_of(t, N, C, sweep, spread)
             for c in range(c0, c1):  # the same in all tasks
                 values[3, c] = shift_of(x, spots, c * S)
             clear(sums)
@@ -91,13 +99,12 @@ def forward(
         claim(counters, FINISHED)
     if y is not None and not at_once:
         wait(counters, FINISHED, -(-C // block))
+        near = NEAR if stream else 0
         while True:
             t = claim(counters, THIRD)
             if t >= tasks:
                 break
-            n0, c0 = t // across * spread, t % across * sweep
-            n1, c1 = min(N, n0 + spread), min(C, c0 + sweep)
-            near = NEAR if stream else 0
+            _, n0, n1, c0, c1 = part_of(t, N, C, sweep, spread)
             normalize(y, mask, x, residual, values, n0, n1, c0, c1, relu, stream, near, C, S)
     if stream:
         fence()
@@ -125,15 +132,13 @@ def backward(
     weights = np.full(LANES + turn * (S + LANES), cast(x, weight[0] if full else 0.0))
     size = max(block, sweep)
     sums, slopes, lanes = np.empty((2, size)), np.empty((2, size)), np.full((2, size * LANES), zero(x))
-    across = -(-C // sweep)
-    tasks = across * -(-N // spread)
+    tasks = -(-C // sweep) * -(-N // spread)
     if not at_once and scale >= 0 and (sampled is None or not dense):
         while True:
             t = claim(counters, FIRST)
             if t >= tasks:
                 break
-            g, c0 = t // across, t % across * sweep
-            n0, n1, c1 = g * spread, min(N, (g + 1) * spread), min(C, c0 + sweep)
+            g, n0, n1, c0, c1 = part_of(t, N, C, sweep, spread)
             if sampled is not None:
                 for n in range(n0, n1):
                     write(
@@ -183,8 +188,7 @@ def backward(
             t = claim(counters, THIRD)
             if t >= tasks:
                 break
-            n0, c0 = t // across * spread, t % across * sweep
-            n1, c1 = min(N, n0 + spread), min(C, c0 + sweep)
+            _, n0, n1, c0, c1 = part_of(t, N, C, sweep, spread)
             write_all(
                 dx, dresidual, dy, x, mask, values, total, slopes, weights, turn, begin, length, weight, n0,
                 n1, c0, c1, relu, stream, NEAR, C, S,

@@ -27,6 +27,14 @@ def mask_bytes(C, S):
 
 
 @loop()
+def part_of(t, N, C, sweep, spread):
+    """The t-th task of a sweep: of which group of samples, these, and the channels."""
+    across = (C + sweep - 1) // sweep
+    g, c0 = t // across, t % across * sweep
+    return g, g * spread, min(N, (g + 1) * spread), c0, min(C, c0 + sweep)
+
+
+@loop()
 def lines(length):
     """Elements in the cache lines of runs, about."""
     elements = 0

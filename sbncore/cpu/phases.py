@@ -16,7 +16,7 @@ from sbncore.cpu import draws, engine
 from sbncore.layout import Layout
 from sbncore.plans import Plan, Runs
 from sbncore.saved import ROWS, Kept, Saved
-from sbncore.statistics import Given, Moments
+from sbncore.statistics import Given, Moments, unbiased
 
 _ABSENT = {kind: np.zeros(0, kind) for kind in ("float32", "float64")}
 
@@ -165,8 +165,7 @@ def _parameters(
     after, moved = (nothing, nothing), (0.0, 1.0, False)
     if running is not None:
         after = running.mean, running.var
-        unbiased = 1 / (1 - 1 / count) if count > 1 else 1.0
-        moved = running.factor, unbiased, running.skip_nonfinite
+        moved = running.factor, unbiased(count), running.skip_nonfinite
     dense = tuple(array if array.flags.c_contiguous else array.copy() for array in after)
     copies = [(array, copy) for array, copy in zip(after, dense, strict=True) if array is not copy]
     return (weight, bias, *before, plan.prior, eps, *dense, *moved), copies

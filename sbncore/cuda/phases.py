@@ -15,7 +15,7 @@ from sbncore.cuda.work import Draws, State, Work, at, is_aligned
 from sbncore.layout import Layout
 from sbncore.plans import Plan
 from sbncore.saved import ROWS, Kept, Saved
-from sbncore.statistics import Given, Moments
+from sbncore.statistics import Given, Moments, unbiased
 
 MASK_WORD = {8: 4, 4: 2, 2: 1, 1: 1}  # bytes for UNROLL rows of a column of so many elements
 
@@ -262,7 +262,7 @@ def _launch_forward(
     if running is not None:
         numbers |= {
             "momentum": running.factor, "skip_nonfinite": running.skip_nonfinite,
-            "unbiased": 1 / (1 - 1 / count) if count > 1 else 1.0,
+            "unbiased": unbiased(count),
         }  # fmt: skip
     walked = not plan.full
     parts = draws.parts(plan.parts, plan, walked) if plan.prior < 1 else call.pack_parts((), plan.S, {})
