@@ -25,6 +25,7 @@ REGISTERS = 65536  # of a multiprocessor
 SHARED = {"sm_75": 65536, "sm_80": 167936, "sm_90": 233472, "sm_100": 233472}  # bytes, likewise
 THREADS = {"sm_75": 1024}  # likewise; 2048 elsewhere
 BLOCK = 256
+ENDS = ("FIRST", "LAST")  # layouts that any width of access has
 CUPYS = ("-ftz=true",)  # what CuPy adds: float32 subnormals are 0
 
 
@@ -45,25 +46,25 @@ class Kernel(NamedTuple):
         return blocks * BLOCK / threads
 
 
-def instances(types: Iterable[str] = tuple(TYPES), clusters: bool = True) -> list[str]:
+def instances(types: Iterable[str] = tuple(TYPES)) -> list[str]:
     """Return every kernel that the engine can ask for, as its template's instance."""
     names = ["draw"]
     flags = ("false", "true")
     gradients = ("PLAIN", "RELU", "MASKED")
     for kind in types:
+        names += [f"finish_{which}<{kind},{layout}>" for which in ("forward", "backward") for layout in ENDS]
         columns = [(TYPES[kind], layout) for layout in ("FIRST", "SEAMED", "LAST")]
-        for V, layout in (*columns, (1, "FIRST"), (1, "LAST")):
+        for V, layout in (*columns, *((1, layout) for layout in ENDS)):
             instance = f"{kind},{V},{layout}"
             names += [f"sums<{instance},MOMENTS,true>"]
             names += [f"sums<{instance},{mode},{flag}>" for mode in gradients for flag in flags]
             names += [f"normalize<{instance},{a},{b}>" for a in flags for b in flags]
             names += [f"repair<{instance},{mode}>" for mode in gradients]
-            if layout == "LAST" or V == 1:
-                names += [f"sums_of_places<{instance},{mode}>" for mode in ("MOMENTS", *gradients)]
-                names += [f"repair_places<{instance},{mode}>" for mode in gradients]
-            if clusters and V > 1 and layout != "LAST":
-                names += [f"forward<{instance},{a},{b}>" for a in flags for b in flags]
-                names += [f"backward<{instance},{mode}>" for mode in gradients]
+        narrower = [(V, "FIRST") for V in (2, 4) if V < TYPES[kind]]
+        for V, layout in (*columns[::2], *narrower, *((1, layout) for layout in ENDS)):
+            instance = f"{kind},{V},{layout}"
+            names += [f"sums_of_places<{instance},{mode}>" for mode in ("MOMENTS", *gradients)]
+            names += [f"repair_places<{instance},{mode}>" for mode in gradients]
     return names
 
 
@@ -159,11 +160,6 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def has_clusters(architecture: str) -> bool:
-    """Whether an architecture has clusters of blocks."""
-    return int(architecture.removeprefix("sm_")) >= 90
-
-
 def compile_all(jobs: list[tuple[str, str]]) -> Iterator[list[Kernel]]:
     """Compile (type, architecture) after (type, architecture), one on each core."""
 
@@ -180,5 +176,5 @@ def compile_all(jobs: list[tuple[str, str]]) -> Iterator[list[Kernel]]:
 
 def compile_and_tell(kind: str, architecture: str) -> None:
     """Compile all kernels of a type and print what they need as JSON: the child's part of `compile_all`."""
-    kernels, _ = compiled(instances([kind], has_clusters(architecture)), architecture)
+    kernels, _ = compiled(instances([kind]), architecture)
     json.dump(kernels, sys.stdout)

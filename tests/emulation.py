@@ -15,7 +15,7 @@ import pytest
 
 from bench.kernels import instances
 from sbncore import checks, functional
-from sbncore.cuda import call, device, phases, work
+from sbncore.cuda import call, device, phases
 
 if platform.machine() not in ("x86_64", "AMD64") or shutil.which("g++") is None:
     pytest.skip("the emulator needs g++ and an x86-64 processor", allow_module_level=True)
@@ -30,8 +30,7 @@ def build(kinds, source=None, optimize=True):
     text = "".join(text) if source is None else source
     names = [name for name in instances(types=kinds)]
     table = "\n".join(
-        f'{{"{name}", [](void* call) {{ {name}(*(const Call*)call); }}, '
-        f"{str(name.startswith(('forward<', 'backward<'))).lower()}}},"
+        f'{{"{name}", [](void* call) {{ {name}(*(const Call*)call); }}}},'
         for name in names
     )
     headers = [(EMULATOR / name).read_text() for name in ("device.h", "host.h")]
@@ -57,13 +56,13 @@ def build(kinds, source=None, optimize=True):
 class EmulatedDevice:
     """Stands in for `sbncore.cuda.device.Device`; memory it hands out, and what it is shown, is watched."""
 
-    def __init__(self, libraries, multiprocessors=3, clusters=True, seed=0):
+    def __init__(self, libraries, multiprocessors=3, seed=0):
         self._libraries = [ctypes.CDLL(str(library)) for library in libraries]
         for library in self._libraries:
             library.launch.restype = ctypes.c_char_p
             library.call_size.restype = ctypes.c_longlong
             assert library.call_size() == call.SIZE
-        self.multiprocessors, self.clusters, self.seed = multiprocessors, clusters, seed
+        self.multiprocessors, self.seed = multiprocessors, seed
         self.launches = []
         self._named = {}
 
@@ -76,8 +75,12 @@ class EmulatedDevice:
     def step(self, array):
         return array
 
-    def launch(self, name, grid, threads, packed):
-        self.launches.append((name, grid, threads))
+    def launch(self, launches, packed):
+        for each in launches:
+            self.launches.append(each)
+            self._launch(*each, packed)
+
+    def _launch(self, name, grid, threads, packed):
         memory = ctypes.create_string_buffer(packed, len(packed))
         for library in self._libraries:
             library.forget_arrays()
@@ -89,7 +92,7 @@ class EmulatedDevice:
                     ctypes.c_void_p(begin), ctypes.c_longlong(size), ctypes.c_void_p(written.ctypes.data)
                 )
             self.seed += 1
-            sizes, seed = (ctypes.c_uint(grid), ctypes.c_uint(threads)), ctypes.c_ulonglong(self.seed)
+            sizes, seed = [*map(ctypes.c_uint, (*grid, threads))], ctypes.c_ulonglong(self.seed)
             wrong = library.launch(name.encode(), *sizes, memory, seed)
             if wrong != b"no such kernel was compiled":
                 break
@@ -123,10 +126,8 @@ def emulated(emulator):
     before = functional.phases_for, phases.address, phases.device_of
     functional.phases_for, phases.address, phases.device_of = lambda x: phases, watched, lambda x: emulator
     likeness, checks.likeness = checks.likeness, lambda *arguments: None  # the CPU's shorter way
-    work.address = watched
     try:
         yield emulator
     finally:
         functional.phases_for, phases.address, phases.device_of = before
         checks.likeness = likeness
-        work.address = before[1]

@@ -84,15 +84,17 @@ class _RawModule:
     def get_function(self, name):
         assert name == self.name
 
-        def kernel(grid, block, args):
-            (struct,) = args
-            assert isinstance(struct, np.ndarray) and struct.size == 1 and DEVICE.entered
-            EMULATOR.launch(name, *grid, *block, struct.tobytes())
+        return types.SimpleNamespace(kernel=types.SimpleNamespace(ptr=name))
 
-        return kernel
+
+def launch(function, grid, threads, stream, argument, overlap):
+    """`sbncore.cuda.driver.launch`, on the emulator."""
+    assert DEVICE.entered and overlap and stream == STREAM
+    EMULATOR.launch([(function, grid, threads)], argument)
 
 
 EMULATOR = None
+STREAM = 7
 
 
 def module(kinds):
@@ -115,6 +117,10 @@ def module(kinds):
         setattr(fake, function.__name__, make(function))
     fake.cuda = types.SimpleNamespace(
         Device=lambda index: DEVICE,
-        runtime=types.SimpleNamespace(getDeviceCount=lambda: 1, CUDARuntimeError=RuntimeError),
+        get_current_stream=lambda: types.SimpleNamespace(ptr=STREAM),
+        runtime=types.SimpleNamespace(
+            getDeviceCount=lambda: 1, CUDARuntimeError=RuntimeError, driverGetVersion=lambda: 13000,
+            free=lambda address: None,
+        ),
     )
     return fake

@@ -29,7 +29,7 @@ SAMPLERS = {
     "twice": sbn.Mixture([(0.5, sbn.BatchSampling(1 / 2, "random")), (0.5, sbn.NaiveSampling(1 / 4))]),
 }
 
-# Rows of whole columns, columns across channels, and nothing that fits a column; each also for a cluster.
+# Rows of whole columns, columns across channels, and nothing that fits a column; each also of many rows.
 SHAPES = [(4, 2, 16), (8, 4, 9), (5, 3, 3), (32, 8, 16), (33, 8, 9)]
 
 

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 import sbncore as sbn
-from sbncore.cuda import device, phases
+from sbncore.cuda import device, driver, phases
 
 
 @pytest.fixture
 def cupy(monkeypatch):
     fake = fake_cupy.module(["float", "float16"])
     monkeypatch.setitem(sys.modules, "cupy", fake)
+    monkeypatch.setattr(driver, "launch", fake_cupy.launch)
     for cached in (device.cupy, device._device):
         cached.cache_clear()
     address = phases.address

@@ -35,9 +35,9 @@ batches = st.one_of(st.integers(4, 9), st.sampled_from([32, 37, 64]))
 
 
 @settings(max_examples=600)
-@given(cases(batch=batches), st.sampled_from([1, 3, 16]), st.booleans(), st.integers(0, 2**32))
-def test_emulated_kernels_are_the_references(case, multiprocessors, clusters, seed):
-    check(case, emulator(case.dtype, multiprocessors=multiprocessors, clusters=clusters, seed=seed))
+@given(cases(batch=batches), st.sampled_from([1, 3, 16, 132]), st.integers(0, 2**32))
+def test_emulated_kernels_are_the_references(case, multiprocessors, seed):
+    check(case, emulator(case.dtype, multiprocessors=multiprocessors, seed=seed))
 
 
 def run(device, *arguments, **options):
@@ -50,12 +50,14 @@ def run(device, *arguments, **options):
 def test_every_kernel_is_launched_and_right(rng, dtype):
     """The product of what can be asked for needs all instances that are compiled, and no others."""
     launched = set()
-    some = [("full", "exact"), ("random", "exact"), ("run", "exact"), ("run", "sampled")]
+    quarter = sbn.FeatureSampling(1 / 4)
+    some = [(SAMPLERS["full"], "exact")]
+    some += itertools.product((SAMPLERS["random"], SAMPLERS["run"], quarter), ("exact", "sampled"))
     for shape, (sampler, gradient), last, relu, add in itertools.product(
         SHAPES, some, *[[False, True]] * 3
     ):
         device = emulator(dtype, multiprocessors=1)
-        run(device, rng, dtype, shape, SAMPLERS[sampler], last, relu, add, gradient)
+        run(device, rng, dtype, shape, sampler, last, relu, add, gradient)
         launched |= {name for name, _, _ in device.launches}
     assert launched == set(emulation.instances(types=(NAMES[dtype],)))
 
@@ -87,12 +89,11 @@ def test_a_step_is_kept_in_the_callers_memory(rng, name):
         assert (sbn.backward(dy, saved).x == whole.x).all() and kept.step == 5
 
 
-@pytest.mark.parametrize("clusters", [False, True])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("shape", [(36, 8, 7, 7), (12, 5, 24, 10), (6, 64), (100, 2, 80, 80)])
-def test_the_places_are_the_plans_bit_for_bit(rng, sampler, shape, clusters):
+def test_the_places_are_the_plans_bit_for_bit(rng, sampler, shape):
     """The exact gradient differs from the detached one where p is not 0, and there alone."""
-    device = emulator("float64", clusters=clusters, multiprocessors=1)
+    device = emulator("float64", multiprocessors=1)
     plan = SAMPLERS[sampler].plan(shape, seed=1, layer=2**63, step=2**40)
     x, dy = rng.normal(size=(2, *shape))
     with emulation.emulated(device):
@@ -102,20 +103,19 @@ def test_the_places_are_the_plans_bit_for_bit(rng, sampler, shape, clusters):
     assert ((exact != detached) == drawn).all()
 
 
-@pytest.mark.parametrize("clusters", [False, True])
 @pytest.mark.parametrize("sampler", ["run", "random", "scattered", "virtual"])
-def test_a_step_in_device_memory_is_read_by_the_kernels(rng, sampler, clusters):
+def test_a_step_in_device_memory_is_read_by_the_kernels(rng, sampler):
     shape = (36, 8, 7, 7)
     x, dy = rng.normal(size=(2, *shape))
     step = np.array(5)
     plan = SAMPLERS[sampler].plan(shape, seed=3, step=step)
     for now in (5, 2**50):
         step[...] = now
-        with emulation.emulated(emulator("float64", clusters=clusters)):
+        with emulation.emulated(emulator("float64")):
             y, saved = sbn.forward(x, plan=plan)
             step += 1  # what a training loop does before backward, or after it
             dx = sbn.backward(dy, saved).x
-        with emulation.emulated(emulator("float64", clusters=clusters)):
+        with emulation.emulated(emulator("float64")):
             y_int, saved = sbn.forward(x, plan=SAMPLERS[sampler].plan(shape, seed=3, step=now))
             assert (y == y_int).all() and (dx == sbn.backward(dy, saved).x).all()
 
@@ -128,11 +128,10 @@ def test_parts_that_overlap_need_a_step_that_the_host_knows(rng):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("clusters", [False, True])
-def test_results_do_not_depend_on_the_order_of_threads(dtype, last, clusters):
+def test_results_do_not_depend_on_the_order_of_threads(dtype, last):
     results = []
     for seed in range(3):
-        device = emulator(dtype, clusters=clusters, seed=1000 * seed, multiprocessors=2)
+        device = emulator(dtype, seed=1000 * seed, multiprocessors=2)
         rng = np.random.default_rng(7)
         y, grads, _ = run(device, rng, dtype, (36, 8, 7, 7), SAMPLERS["run"], last, relu=True, add=True)
         results.append([np.asarray(a).tobytes() for a in (y, grads.x, grads.weight, grads.bias)])
@@ -146,10 +145,10 @@ def test_more_rows_and_channels_than_65535(rng, shape, last):
         run(emulator("float32", multiprocessors=8), rng, "float32", shape, sampler, last, relu=True, add=True)
 
 
-def moved(shape, dtype, last, clusters, add, gradient="exact", sampler=sbn.FeatureSampling(1 / 16)):  # noqa: B008
+def moved(shape, dtype, last, add, gradient="exact", sampler=sbn.FeatureSampling(1 / 16)):  # noqa: B008
     """Bytes read and written by forward and backward, over the tensor's own; and the narrow accesses."""
     rng = np.random.default_rng(1)
-    device = emulator(dtype, clusters=clusters, multiprocessors=4)
+    device = emulator(dtype, multiprocessors=4)
     x, dy, residual = (rng.normal(size=shape).astype(DTYPES[dtype]) for _ in range(3))
     if last:
         x, dy, residual = (np.ascontiguousarray(np.moveaxis(a, 1, -1)) for a in (x, dy, residual))
@@ -168,15 +167,15 @@ def moved(shape, dtype, last, clusters, add, gradient="exact", sampler=sbn.Featu
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize(("last", "clusters"), [(False, True), (False, False), (True, True)])
+@pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize(("C", "side"), [(32, 28), (64, 14)])
-def test_each_kernel_moves_the_bytes_it_must_and_no_more(dtype, last, clusters, C, side):
+def test_each_kernel_moves_the_bytes_it_must_and_no_more(dtype, last, C, side):
     """2N and 3N and twice the sample, in accesses of 16 bytes but for a channels-first sample."""
     N = 96
     share = sbn.FeatureSampling(1 / 16).plan((N, C, side, side)).count / (N * side * side)
     bits = 1 / (8 * np.dtype(DTYPES[dtype]).itemsize)
     shape = (N, C, side, side)
-    (read, written, narrow), (reread, rewritten, narrow_back) = moved(shape, dtype, last, clusters, False)
+    (read, written, narrow), (reread, rewritten, narrow_back) = moved(shape, dtype, last, False)
     sums = 0.05 if last else 0.03  # in channels-last every block adds up what the blocks before it have left
     assert read == pytest.approx(1 + share, abs=sums)
     assert written == pytest.approx(1, abs=0.02)
@@ -184,7 +183,7 @@ def test_each_kernel_moves_the_bytes_it_must_and_no_more(dtype, last, clusters, 
     assert rewritten == pytest.approx(1 + share, abs=0.02)
     for accesses in (narrow / share, narrow_back / (3 * share)):
         assert accesses < (0.35 if last else 1.2)
-    (read, written, _), (reread, rewritten, _) = moved(shape, dtype, last, clusters, True)
+    (read, written, _), (reread, rewritten, _) = moved(shape, dtype, last, True)
     assert read == pytest.approx(2 + share, abs=sums)
     assert written == pytest.approx(1 + bits, abs=0.02)  # y and the mask
     # the repair reads a byte of the mask for each element
@@ -194,10 +193,10 @@ def test_each_kernel_moves_the_bytes_it_must_and_no_more(dtype, last, clusters, 
 
 def test_full_and_sampled_gradients_move_what_they_must():
     shape = (64, 16, 14, 14)
-    (read, _, _), (reread, rewritten, _) = moved(shape, "float32", False, False, False, sampler=sbn.Full())
+    (read, _, _), (reread, rewritten, _) = moved(shape, "float32", False, False, sampler=sbn.Full())
     assert read == pytest.approx(2, abs=0.02) and reread == pytest.approx(4, abs=0.04)
     assert rewritten == pytest.approx(1, abs=0.02)
-    _, (reread, rewritten, _) = moved(shape, "float32", True, False, False, "sampled")
+    _, (reread, rewritten, _) = moved(shape, "float32", True, False, "sampled")
     assert reread < 1.3 and rewritten < 1.1  # dy alone, and the sample twice
 
 
@@ -277,11 +276,10 @@ def test_nothing_is_launched_on_an_empty_batch(shape):
     assert (running[0] == 0).all() and (running[1] == 1).all()
 
 
-@pytest.mark.parametrize("clusters", [False, True])
 @pytest.mark.parametrize("axis", [1, -1])
-def test_what_holds_for_the_cpu_holds_here(rng, axis, clusters):
+def test_what_holds_for_the_cpu_holds_here(rng, axis):
     """Far from zero, an outlier, a constant, what is not finite, every half: the CPU engine's own tests."""
-    with emulation.emulated(emulator(*DTYPES, clusters=clusters, multiprocessors=2)):
+    with emulation.emulated(emulator(*DTYPES, multiprocessors=2)):
         for sampler in (sbn.Full(), sbn.BatchSampling(4), sbn.FeatureSampling(1 / 16)):
             for far, tolerance in ((1e2, 2e-5), (1e4, 1e-3), (1e6, 1e-1)):
                 test_engine.test_far_from_zero(rng, axis, sampler, far, tolerance)
@@ -297,35 +295,45 @@ def test_what_holds_for_the_cpu_holds_here(rng, axis, clusters):
 
 @given(
     st.integers(1, 2**20), st.integers(1, 2**20), st.integers(1, 2**16), st.booleans(),
-    st.sampled_from([2, 4, 8]), st.integers(1, 200), st.integers(1, 2**30),
+    st.sampled_from([2, 4, 8]), st.integers(1, 200), st.sampled_from(sorted(SAMPLERS)),
 )  # fmt: skip
 @settings(max_examples=2000)
-def test_every_geometry_is_within_the_kernels_limits(N, C, S, last, itemsize, multiprocessors, count):
+def test_every_geometry_is_within_the_kernels_limits(N, C, S, last, itemsize, multiprocessors, name):
     """Any sizes, beyond 2**31 elements and 65,535 rows or channels."""
     sizes = geometry.Sizes(N, C, S, last, itemsize, True)
-    every = [geometry.sweep(sizes, multiprocessors), geometry.cluster(sizes, multiprocessors)]
-    for sweep in every:
-        if sweep is None:
-            continue
-        V = sweep.vector
-        assert sweep.rows * sweep.row == N * C * S and sweep.columns * V == sweep.row
-        assert sweep.tile * sweep.passes >= sweep.span and sweep.tile <= sweep.threads <= geometry.THREADS
-        assert sweep.threads % sweep.tile == 0 and sweep.grid < 2**31
-        assert (sweep.tiles - 1) * sweep.span < sweep.columns <= sweep.tiles * sweep.span
-        channels = sweep.span * V if last else (sweep.span * V - 2) // S + 2
-        assert channels <= geometry.CHANNELS or sweep.tiles == 1
-        assert V == 1 or S * last + (not last) * S >= V or last
-    places = geometry.places(sizes, count, multiprocessors)
-    assert places.tile * places.tiles * places.vector >= C and places.threads <= geometry.THREADS
-    assert places.grid < 2**31 and places.tile * places.vector <= geometry.CHANNELS
-    assert len(geometry.packed(sizes, every[0], places)) == 17 * 8
+    for sums in (False, True):
+        sweep = geometry.sweep(sizes, multiprocessors, sums)
+        assert sweep.tiles < 2**31 and sweep.blocks < 2**16
+        assert (sweep.blocks - 1) * sweep.share * geometry.UNROLL < sweep.rows
+        assert sweep.blocks * sweep.share * geometry.UNROLL >= sweep.rows
+    V = sweep.vector
+    assert sweep.rows * sweep.row == N * C * S and sweep.columns * V == sweep.row
+    assert sweep.tile <= sweep.threads <= geometry.THREADS
+    assert sweep.threads % sweep.tile == 0
+    assert (sweep.tiles - 1) * sweep.tile < sweep.columns <= sweep.tiles * sweep.tile
+    channels = sweep.tile * V if last else (sweep.tile * V - 2) // S + 2
+    assert channels <= geometry.CHANNELS or sweep.tiles == 1
+    assert last or V == 1 or S >= V
+    try:
+        parts = SAMPLERS[name].plan((N, C, S)).parts
+    except ValueError:  # more than there is
+        return
+    runs = tuple(geometry.runs_of(part, S) for part in parts)
+    places = geometry.places(sizes, runs, V, multiprocessors)
+    assert places.tile * places.tiles * (places.vector if last else 1) >= C
+    assert places.threads <= geometry.THREADS and places.tiles < 2**31 and places.blocks < 2**16
+    assert places.tile * places.vector <= geometry.CHANNELS and V % places.vector == 0
+    for run, (pieces, piece, lanes, _) in zip(runs, places.pieces, strict=True):
+        assert (pieces - 1) * piece < run.length <= pieces * piece
+        assert lanes <= places.threads // places.tile
+        assert last or run.kind == geometry.SCATTERED or run.length % places.vector == 0
+    assert len(geometry.packed(sizes, sweep, places)) == 12 * 8
 
 
 def test_the_constants_are_those_of_the_kernels():
     source = emulation.device.source()
     for name, value in (
         ("THREADS", geometry.THREADS), ("UNROLL", geometry.UNROLL), ("CHANNELS", geometry.CHANNELS),
-        ("GROUP", geometry.GROUP), ("BLOCKS", geometry.CLUSTER), ("PARTS", call.PARTS),
-        ("SORTED", call.SORTED),
+        ("FINISHED", geometry.FINISHED), ("PARTS", call.PARTS), ("SORTED", call.SORTED),
     ):  # fmt: skip
         assert f"{name} = {value}" in source

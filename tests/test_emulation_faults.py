@@ -16,7 +16,7 @@ from sbncore.cuda import device
 SOURCE = device.source()
 BARRIERS = [
     (match.start(), match.end())
-    for match in re.finditer(r"(?<!void )(block|cluster)_barrier\(\);", SOURCE)
+    for match in re.finditer(r"(?<!void )block_barrier\(\);", SOURCE)
     if match.start() > SOURCE.index("struct Hashes")
 ]
 SHIFTED = [
@@ -52,8 +52,8 @@ def battery(library):
     few = sbn.Mixture([(0.5, sbn.NaiveSampling(40)), (0.5, sbn.BatchSampling(8, "random"))])
     many = sbn.NaiveSampling(3000)
     options = [dict(relu=relu, add=add) for relu, add in itertools.product([False, True], repeat=2)]
-    for seed, clusters in itertools.product(range(2), [True, False]):
-        emulator = emulation.EmulatedDevice([library], seed=seed, clusters=clusters, multiprocessors=3)
+    for seed in range(4):
+        emulator = emulation.EmulatedDevice([library], seed=seed, multiprocessors=3)
         rng = np.random.default_rng(seed)
         for k, (shape, sampler) in enumerate(
             [

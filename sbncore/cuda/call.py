@@ -1,64 +1,168 @@
-"""A kernel's one argument: the bytes of the struct Call in places.cu, and of the parts of a plan in it."""
+"""A GPU's Call: what shape, type and recipe of a plan decide for a forward and its backward.
+
+Every kernel of a call takes one record, the struct Call in places.cu, of which a run fills in pointers,
+numbers and the keys of the draw.
+"""
 
 from __future__ import annotations
 
 import struct
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
-from sbncore.plans import MapPlaces, Part, ScatteredPlaces, WholeSamples
+from sbncore.cuda import geometry
+from sbncore.cuda.geometry import Pieces, Places, Runs, Sizes, Sweep
+from sbncore.plans import Part, ScatteredPlaces, WholeSamples
 
 PARTS = 8  # of a plan, at most
 SORTED = 4096  # up to this size, distinct values are drawn by a kernel of its own
-STRIDED, DISTINCT, MAP, SCATTERED = range(4)
+DRAWING = 128  # threads of a block of that kernel
 OWN = {name: 1 << bit for bit, name in enumerate(
     ("weight", "bias", "prior_mean", "prior_var", "running_mean", "running_var"))}  # fmt: skip
 
-POINTERS = (
-    "y", "dx", "dresidual", "mask", "dweight", "dbias", "running_mean", "running_var", "state", "step_kept",
-    "partial", "x", "dy", "residual", "weight", "bias", "prior_mean", "prior_var", "step",
-)  # fmt: skip
-_POINTERS = struct.Struct(f"<{len(POINTERS)}Q")
-_NUMBERS = struct.Struct("<5d5q")
-_PART = struct.Struct("<QQd9qQ")
-SIZE = _POINTERS.size + _NUMBERS.size + 17 * 8 + 8 + PARTS * _PART.size
+
+class Pointers(NamedTuple):
+    """Addresses, 0 of what is absent; fields as in places.cu's Call."""
+
+    y: int = 0
+    dx: int = 0
+    dresidual: int = 0
+    mask: int = 0
+    dweight: int = 0
+    dbias: int = 0
+    running_mean: int = 0
+    running_var: int = 0
+    state: int = 0
+    step_kept: int = 0
+    partial: int = 0
+    shift: int = 0
+    slopes: int = 0
+    x: int = 0
+    dy: int = 0
+    residual: int = 0
+    weight: int = 0
+    bias: int = 0
+    prior_mean: int = 0
+    prior_var: int = 0
+    step: int = 0
 
 
-def pack(
-    pointers: dict[str, int],
-    geometry: bytes,
-    parts: bytes,
-    *,
-    prior: float = 0.0,
-    eps: float = 0.0,
-    momentum: float = 0.0,
-    unbiased: float = 0.0,
-    total_scale: float = 0.0,
-    skip_nonfinite: bool = False,
-    elements: int = 0,
-    from_places: bool = False,
-    from_blocks: int = 0,
-    onto: bool = False,
-) -> bytes:
-    """Return the bytes of a Call; absent pointers are 0."""
-    get = pointers.get
-    call = b"".join((
-        _POINTERS.pack(*[get(name, 0) for name in POINTERS]),
-        _NUMBERS.pack(prior, eps, momentum, unbiased, total_scale, skip_nonfinite, elements, from_places,
-                      from_blocks, onto),
-        geometry,
-        parts,
-    ))  # fmt: skip
-    return call.ljust(SIZE, b"\0")
+class Numbers(NamedTuple):
+    """What a run sets beside pointers; fields as in places.cu's Call."""
+
+    prior: float = 0.0
+    eps: float = 0.0
+    momentum: float = 0.0
+    unbiased: float = 0.0
+    total_scale: float = 0.0
+    skip_nonfinite: bool = False
+    elements: int = 0
+    from_places: bool = False
+    from_blocks: int = 0
+    onto: bool = False
+    writes: bool = True
 
 
-def pack_parts(parts: tuple[Part, ...], size: int, tables: dict[int, int], walked: bool = True) -> bytes:
-    """Return the parts of a Call, for maps of ``size`` positions.
+class Launch(NamedTuple):
+    """A kernel, as its template's instance, and its grid."""
 
-    ``tables`` holds the address of the values that part k draws, where `table_size` says that it has some.
-    Unless ``walked``, the first part lends its weight and no places.
-    """
-    packed = [_pack(part, size, tables.get(k, 0)) for k, part in enumerate(parts)]
-    return struct.pack("<q", len(parts) if walked else 0) + b"".join(packed)
+    kernel: str
+    grid: tuple[int, int]
+    threads: int
+
+
+_HEAD = struct.Struct("<21Q5d6q")
+_GEOMETRY = struct.Struct("<13qq")  # and the number of parts
+_KEY = struct.Struct("<QQ")
+_PART = struct.Struct("<QQd15qQ")
+_ONTO, _PARTS = _HEAD.size - 16, _HEAD.size + _GEOMETRY.size - 8  # where these fields begin
+_FIRST_PART = _HEAD.size + _GEOMETRY.size
+SIZE = _FIRST_PART + PARTS * _PART.size
+
+
+class Call:
+    """The kernels' launches and record, for arrays of one layout and plans that differ in keys alone."""
+
+    def __init__(
+        self, sizes: Sizes, kind: str, runs: tuple[Runs, ...], full: bool, multiprocessors: int
+    ) -> None:
+        self.sizes, self.kind, self.full, self.runs = sizes, kind, full, runs
+        self.ends = "LAST" if sizes.last else "FIRST"
+        self.writing = geometry.sweep(sizes, multiprocessors)
+        self.summing = geometry.sweep(sizes, multiprocessors, sums=True)
+        self.places = geometry.places(sizes, runs, self.writing.vector, multiprocessors)
+        self.real = 8 if kind == "double" else 4
+        record = bytearray(SIZE)
+        numbers = geometry.fields(sizes, self.writing, self.summing, self.places)
+        _GEOMETRY.pack_into(record, _HEAD.size, *numbers, 0 if full else len(runs))
+        for k, (each, pieces) in enumerate(zip(runs, self.places.pieces, strict=True)):
+            _pack_part(record, k, each, pieces)
+        self._template = record
+
+    def record(
+        self, pointers: Pointers, numbers: Numbers, parts: tuple[Part, ...], tables: dict[int, int]
+    ) -> bytes:
+        """Return the bytes of a run; ``tables`` holds the addresses of drawn values, by part."""
+        record = bytearray(self._template)
+        _HEAD.pack_into(record, 0, *pointers, *numbers)
+        for k, part in enumerate(parts):
+            key = part.key
+            words = (key, 0) if isinstance(key, int) else (key.before, key.stream)
+            _KEY.pack_into(record, _FIRST_PART + k * _PART.size, *words)
+        for k, table in tables.items():
+            struct.pack_into("<Q", record, _FIRST_PART + (k + 1) * _PART.size - 8, table)
+        return bytes(record)
+
+    def of_part(self, record: bytes, k: int) -> bytes:
+        """Return the record of the repair of part k alone, onto that of the parts before it."""
+        single = bytearray(record)
+        begin = _FIRST_PART + k * _PART.size
+        single[_FIRST_PART : _FIRST_PART + _PART.size] = record[begin : begin + _PART.size]
+        struct.pack_into("<q", single, _PARTS, 1)
+        struct.pack_into("<q", single, _ONTO, k > 0)
+        return bytes(single)
+
+    def moments(self) -> Launch:
+        """Return the pass that leaves the sums of a forward."""
+        if self.full:
+            return self._over("sums", self.summing, "MOMENTS,true")
+        return self._over("sums_of_places", self.places, "MOMENTS")
+
+    def sums(self, mode: str, over_places: bool) -> list[Launch]:
+        """Return the passes that leave the sums of a backward, and write dx and dresidual."""
+        if not over_places:
+            return [self._over("sums", self.summing, f"{mode},true")]
+        return [
+            self._over("sums_of_places", self.places, mode), self._over("sums", self.summing, f"{mode},false")
+        ]  # fmt: skip
+
+    def normalize(self, relu: bool, residual: bool) -> Launch:
+        """Return the pass that writes y."""
+        flags = ",".join("true" if flag else "false" for flag in (relu, residual))
+        return self._over("normalize", self.writing, flags)
+
+    def repair(self, mode: str) -> Launch:
+        """Return the pass that takes the statistics' part from dx."""
+        if self.full:
+            return self._over("repair", self.writing, mode)
+        return self._over("repair_places", self.places, mode)
+
+    def finish(self, direction: str) -> Launch:
+        """Return the pass over channels behind the sums."""
+        blocks = -(-self.sizes.C // geometry.FINISHED)
+        return Launch(f"finish_{direction}<{self.kind},{self.ends}>", (blocks, 1), geometry.THREADS)
+
+    def sums_left(self, over_places: bool) -> tuple[int, int]:
+        """Return how many blocks leave sums, and how many each."""
+        if over_places:
+            return self.places.blocks, self.sizes.C
+        return self.summing.blocks, self.summing.slots
+
+    def _over(self, kernel: str, over: Sweep | Places, options: str) -> Launch:
+        return Launch(f"{kernel}<{self.kind},{over.vector},{over.layout},{options}>", over.grid, over.threads)
+
+
+call_of = lru_cache(maxsize=1024)(Call)
 
 
 def table_size(part: Part, size: int) -> int:
@@ -70,21 +174,18 @@ def table_size(part: Part, size: int) -> int:
     return 0
 
 
-def range_size(part: Part, size: int) -> int:
+def draw(parts: tuple[Part, ...], size: int) -> Launch:
+    """Return the launch that fills the tables of some parts."""
+    most = max(_range(part, size) for part in parts if table_size(part, size))
+    return Launch("draw", (-(-most // DRAWING), 1), DRAWING)
+
+
+def _range(part: Part, size: int) -> int:
     """Return of how many values a part draws."""
     return part.rows * size if isinstance(part, ScatteredPlaces) else part.rows
 
 
-def _pack(part: Part, size: int, table: int) -> bytes:
-    key = part.key
-    words: tuple[int, int] = (key, 0) if isinstance(key, int) else (key.before, key.stream)
-    weight = part.weight / part.count
-    if isinstance(part, WholeSamples):
-        kind = STRIDED if part.stride else DISTINCT
-        shape: tuple[Any, ...] = (part.samples, size, size, part.stride, 1, 0)
-    elif isinstance(part, MapPlaces):
-        kind, shape = MAP, (part.rows, part.positions, part.length, part.stride, part.align, part.common)
-    else:
-        assert isinstance(part, ScatteredPlaces)
-        kind, shape = SCATTERED, (part.positions, 1, 1, 0, 1, 0)
-    return _PART.pack(*words, weight, kind, part.first, part.rows, *shape, table)
+def _pack_part(record: bytearray, k: int, runs: Runs, pieces: Pieces) -> None:
+    weight, *sizes = runs
+    numbers: list[Any] = [*sizes, runs.number, *pieces]
+    _PART.pack_into(record, _FIRST_PART + k * _PART.size, 0, 0, weight, *numbers, 0)

@@ -1,10 +1,11 @@
-// What the hardware lends: element types in memory and in arithmetic, 16-byte accesses, clusters of blocks.
+// What the hardware provides: element types in memory and in arithmetic, 16-byte accesses, shared memory.
 // No header is needed: NVRTC alone compiles this. The emulator of the tests stands in for this file.
 
 typedef long long i64;
 typedef unsigned long long u64;
 typedef unsigned int u32;
 typedef unsigned char u8;
+#define NOINLINE __noinline__
 
 struct float16 { unsigned short bits; };
 struct bfloat16 { unsigned short bits; };
@@ -14,7 +15,11 @@ template <> struct Compute<double> { typedef double type; };
 
 __device__ inline double widen(double v) { return v; }
 __device__ inline float widen(float v) { return v; }
-__device__ inline float widen(bfloat16 v) { return __uint_as_float(u32(v.bits) << 16); }
+__device__ inline float widen(bfloat16 v) {
+    float wide;
+    asm("mov.b32 %0, {%1, %2};" : "=f"(wide) : "h"((unsigned short)0), "h"(v.bits));
+    return wide;
+}
 __device__ inline float widen(float16 v) {
     float wide;
     asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(v.bits));
@@ -64,31 +69,13 @@ template <class T, int V> __device__ inline void store(void* memory, i64 element
 template <class T> __device__ inline T load(const T* from) { return *from; }
 template <class T> __device__ inline void store(T* to, T value) { *to = value; }
 
+// Waits until the kernel in front of this one on the stream has ended: blocks may be launched while it does. (It does
+// not allow them any earlier: measured, they take the multiprocessors from it.)
+__device__ inline void begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 #define SHARED(type, name) __shared__ type name
 __device__ inline void block_barrier() { __syncthreads(); }
-
-// The blocks of a cluster read one another's shared memory (sm_90 and later).
-#if __CUDA_ARCH__ >= 900
-__device__ inline void cluster_barrier() {
-    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-}
-__device__ inline u32 neighbour(const void* shared, int rank) {
-    u32 address;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;"
-        : "=r"(address) : "r"((u32)__cvta_generic_to_shared(shared)), "r"(rank));
-    return address;
-}
-__device__ inline float of_rank(const float* shared, int rank) {
-    float value;
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(neighbour(shared, rank)) : "memory");
-    return value;
-}
-__device__ inline double of_rank(const double* shared, int rank) {
-    double value;
-    asm volatile("ld.shared::cluster.f64 %0, [%1];" : "=d"(value) : "r"(neighbour(shared, rank)) : "memory");
-    return value;
-}
-#define CLUSTER(blocks) __cluster_dims__(blocks, 1, 1)
-#else
-#define CLUSTER(blocks)
-#endif

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-
-from sbncore.cuda import call
+from sbncore.cuda import driver
+from sbncore.cuda.call import Launch
 
 FILES = ("device.cu", "places.cu", "channels.cu", "passes.cu", "sbn.cu")
 OPTIONS = ("--std=c++17",)
-_ARGUMENT = np.dtype((np.void, call.SIZE))
 INSTALL = "pip install 'sbncore[cuda13]' (or [cuda12], by what the driver supports: nvidia-smi shows it)"
 
 
@@ -50,9 +50,12 @@ class Device:
     def __init__(self, index: int) -> None:
         self._cupy = cupy()
         self._device = self._cupy.cuda.Device(index)
-        self.clusters: bool = int(self._device.compute_capability) >= 90
         self.multiprocessors: int = self._device.attributes["MultiProcessorCount"]
+        new_enough = self._cupy.cuda.runtime.driverGetVersion() >= 12030
+        self._overlap = new_enough and int(self._device.compute_capability) >= 90
         self._kernels: dict[str, Any] = {}
+        self._functions: list[Any] = []
+        self._threads = threading.local()
 
     def empty(self, shape: Any, dtype: Any) -> Any:
         """Return new memory, from CuPy's pool."""
@@ -74,19 +77,25 @@ class Device:
             raise TypeError(f"step: expected an array on {self._device}, got one on {array.device}")
         return array
 
-    def launch(self, name: str, grid: int, threads: int, packed: bytes) -> None:
-        """Launch a kernel, given as its template's instance, with the bytes of its argument."""
+    def launch(self, launches: Iterable[Launch], record: bytes) -> None:
+        """Launch kernels one after the other, with the bytes of their one argument."""
         with self._device:
-            kernel = self._kernels.get(name)
-            if kernel is None:
-                kernel = self._kernels[name] = self._compiled(name)
-            # CuPy passes a NumPy array of one element by value
-            kernel((grid,), (threads,), (np.frombuffer(packed, _ARGUMENT),))
+            if not hasattr(self._threads, "has_context"):
+                self._cupy.cuda.runtime.free(0)  # makes the context current, as the driver asks
+                self._threads.has_context = True
+            stream = self._cupy.cuda.get_current_stream().ptr
+            for name, grid, threads in launches:
+                kernel = self._kernels.get(name) or self._compiled(name)
+                driver.launch(kernel, grid, threads, stream, record, self._overlap)
 
     def _compiled(self, name: str) -> Any:
+        """Compile a kernel and return the driver's handle of it."""
         module = self._cupy.RawModule(code=source(), options=OPTIONS, name_expressions=(name,))
         try:
-            return module.get_function(name)
+            function = module.get_function(name)  # which its module lives as long as
+            self._functions.append(function)
+            self._kernels[name] = function.kernel.ptr
+            return function.kernel.ptr
         except Exception as complaint:
             if "nvrtc" not in f"{type(complaint)} {complaint}".lower():
                 raise

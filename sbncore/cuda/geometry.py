@@ -1,4 +1,4 @@
-"""How the kernels cut their work: pure functions of sizes, which the launch and the emulator share.
+"""How the kernels divide their work: pure functions of sizes, which the launch and the emulator share.
 
 Constants bear the names they have in the kernels.
 """
@@ -6,17 +6,23 @@ Constants bear the names they have in the kernels.
 from __future__ import annotations
 
 import math
-import struct
-from functools import lru_cache
 from typing import NamedTuple
 
+from sbncore.plans import MapPlaces, Part, ScatteredPlaces, WholeSamples
+
 THREADS = 256  # of a block, at most
-UNROLL = 4  # rows that a thread takes at a time
+WARP = 32
+UNROLL = 4  # rows, or accesses of a piece, that a thread takes at a time
 CHANNELS = 264  # of a tile, at most
-GROUP = 32  # channels of a cluster, at most
-CLUSTER = 8  # blocks
+FINISHED = 2  # channels that a block finishes
+# Blocks of a pass over everything for each multiprocessor. One that sums takes as many as are resident,
+# since each leaves its sums; one that only writes ends more evenly in many. Measured on an H200.
+WRITING, SUMMING, SUMMING_SETS = 16, 4, 2
+PROLOGUE = 1  # what a block's beginning and end cost, in steps of UNROLL rows
 WIDE = 8  # columns of a channels-last tile: 128 bytes
-PLACES = 64  # blocks that share a tile's places, at most: their sums are added up by every block behind them
+PLACES = 2  # blocks of a pass over places for each multiprocessor
+STRIDED, DISTINCT, MAP, SCATTERED = range(4)
+MOST = 512  # blocks of it that share a tile: their sums are added up afterwards
 
 
 class Sizes(NamedTuple):
@@ -44,17 +50,46 @@ class Sweep(NamedTuple):
     vector: int
     fold: int
     columns: int
-    tiles: int
-    span: int
     tile: int
-    passes: int
-    blocks: int
+    share: int
     slots: int
+    tiles: int
+    blocks: int
     threads: int
 
     @property
-    def grid(self) -> int:
-        return self.tiles * self.blocks
+    def grid(self) -> tuple[int, int]:
+        return self.tiles, self.blocks
+
+
+class Runs(NamedTuple):
+    """A part of a plan, but for its keys: groups of runs; fields as in places.cu's Part."""
+
+    weight: float  # p of each place
+    kind: int
+    first: int
+    rows: int
+    groups: int
+    positions: int
+    length: int
+    stride: int
+    align: int
+    starts: int  # places where a run may begin
+    common: bool
+
+    @property
+    def number(self) -> int:
+        """Runs of a group."""
+        return -(-self.positions // self.length)
+
+
+class Pieces(NamedTuple):
+    """How threads share a run."""
+
+    pieces: int  # of a run
+    piece: int  # positions
+    lanes: int  # threads of a piece
+    share: int  # pieces of a block
 
 
 class Places(NamedTuple):
@@ -66,15 +101,15 @@ class Places(NamedTuple):
     tiles: int
     blocks: int
     threads: int
+    pieces: tuple[Pieces, ...]  # of each part
 
     @property
-    def grid(self) -> int:
-        return self.tiles * self.blocks
+    def grid(self) -> tuple[int, int]:
+        return self.tiles, self.blocks
 
 
-@lru_cache(maxsize=4096)
-def sweep(sizes: Sizes, multiprocessors: int) -> Sweep:
-    """Return the geometry of the pass over everything."""
+def sweep(sizes: Sizes, multiprocessors: int, sums: bool = False) -> Sweep:
+    """Return the geometry of a pass over everything that leaves sums, or does not."""
     N, C, S, last = sizes[:4]
     samples, element = (N * S, C) if last else (N, C * S)
     vector, fold = sizes.vector, 1
@@ -90,80 +125,86 @@ def sweep(sizes: Sizes, multiprocessors: int) -> Sweep:
         layout, tile = "LAST", min(columns, WIDE if vector > 1 else 4 * WIDE)
     else:
         layout = "SEAMED" if vector > 1 and S % vector else "FIRST"
-        whole = S // math.gcd(S, vector)  # columns that end where a channel ends
-        tile = THREADS // whole * whole if whole <= THREADS else -(-whole // -(-whole // THREADS))
-        tile = min(columns, tile)
+        tile = columns if columns <= WARP else _least_waste(columns)
     tiles = -(-columns // tile)
     quads = -(-rows // UNROLL)
     height = max(1, min(THREADS // tile, quads))
-    blocks = max(1, min(-(-4 * multiprocessors // tiles), -(-quads // height)))
+    steps = -(-quads // height)
+    resident = WRITING if not sums else SUMMING if layout == "FIRST" else SUMMING_SETS
+    share = -(-steps // _blocks(tiles, steps, resident * multiprocessors)) * height
     slots = row if last else tiles + fold * C
-    return Sweep(layout, rows, row, vector, fold, columns, tiles, tile, tile, 1, blocks, slots, tile * height)
-
-
-@lru_cache(maxsize=4096)
-def cluster(sizes: Sizes, multiprocessors: int) -> Sweep | None:
-    """Return the geometry of the fused kernels, or None where the array does not suit them."""
-    N, C, S, last = sizes[:4]
-    vector, rows = sizes.vector, N
-    quads = -(-rows // UNROLL)
-    group = vector // math.gcd(S, vector)
-    if last or vector == 1 or vector > S or C % group or quads < CLUSTER:
-        return None
-    if sweep(sizes, multiprocessors).fold > 1:  # the mask's rows are the same, whichever kernels run
-        return None
-    while 2 * group <= GROUP and C % (2 * group) == 0 and 2 * group * S // vector <= THREADS // 4:
-        group *= 2
-    span, tiles = group * S // vector, C // group
-    if tiles * CLUSTER < multiprocessors or (span > THREADS and group > 1):
-        return None
-    passes = -(-span // THREADS)
-    tile = -(-span // passes)
-    share = -(-quads // CLUSTER)
-    height = max(1, min(THREADS // tile, share))
-    height = -(-share // -(-share // height))
-    layout = "SEAMED" if S % vector else "FIRST"
-    row = C * S
-    columns, slots = row // vector, tiles + C
+    blocks = -(-quads // share)
     return Sweep(
-        layout, rows, row, vector, 1, columns, tiles, span, tile, passes, CLUSTER, slots, tile * height
+        layout, rows, row, vector, fold, columns, tile, share, slots, tiles, blocks, tile * height
     )
 
 
-@lru_cache(maxsize=4096)
-def places(sizes: Sizes, count: int, multiprocessors: int) -> Places:
-    """Return the geometry of the pass over ``count`` places a channel."""
-    C, last = sizes.C, sizes.last
-    vector = sizes.vector if last and C % sizes.vector == 0 else 1
-    columns = C // vector
+def _least_waste(columns: int) -> int:
+    """Return a tile of whole warps, the widest of those that leave the fewest threads without a column."""
+    tiles = range(THREADS, 0, -WARP)
+    return min(tiles, key=lambda tile: -(-columns // tile) * tile)
+
+
+def _blocks(tiles: int, steps: int, resident: int) -> int:
+    """Return how many blocks share a tile's steps: those after which the last block ends soonest."""
+    waves = lambda blocks: -(-tiles * blocks // resident)  # noqa: E731
+    most = min(steps, max(1, 2 * resident // tiles))
+    return min(range(1, most + 1), key=lambda blocks: waves(blocks) * (-(-steps // blocks) + PROLOGUE))
+
+
+def runs_of(part: Part, size: int) -> Runs:
+    """Return the runs of a part in maps of ``size`` positions."""
+    p = part.weight / part.count
+    if isinstance(part, WholeSamples):
+        kind = STRIDED if part.stride else DISTINCT
+        return Runs(p, kind, part.first, part.rows, part.samples, size, size, part.stride, 1, 1, False)
+    if isinstance(part, MapPlaces):
+        length, starts = min(part.length, part.positions), size // part.align
+        shape = part.rows, part.positions, length, part.stride, part.align, starts, part.common
+        return Runs(p, MAP, part.first, part.rows, *shape)
+    assert isinstance(part, ScatteredPlaces)
+    return Runs(p, SCATTERED, part.first, part.rows, part.positions, 1, 1, 0, 1, 1, False)
+
+
+def pieces_of(runs: Runs, width: int, height: int, blocks: int) -> Pieces:
+    """Return how some blocks of ``height`` rows share a part, an access being ``width`` positions."""
+    lanes = 1
+    while 2 * lanes <= min(WARP, height) and lanes * UNROLL * width < runs.length:
+        lanes *= 2
+    piece = lanes * UNROLL * width
+    pieces = -(-runs.length // piece)
+    together = height // lanes
+    rounds = -(-runs.groups * runs.number * pieces // (blocks * together))
+    return Pieces(pieces, piece, lanes, rounds * together)
+
+
+def places(sizes: Sizes, parts: tuple[Runs, ...], vector: int, multiprocessors: int) -> Places:
+    """Return the geometry of the pass over places, an access being at most ``vector`` elements."""
+    C, S, last = sizes.C, sizes.S, sizes.last
+    if last:
+        vector = sizes.vector if C % sizes.vector == 0 else 1
+    else:
+        for runs in parts:
+            several = runs.stride if runs.length < runs.positions else 0
+            aligned = S if runs.kind in (STRIDED, DISTINCT) else runs.align if runs.kind == MAP else 1
+            vector = math.gcd(vector, S, aligned, runs.length, runs.positions, several)
+    columns = C // vector if last else C
     tile = 1 if not last else min(columns, WIDE if vector > 1 else 4 * WIDE)
-    tiles = -(-columns // tile)
-    height = THREADS // tile
-    blocks = max(1, min(-(-4 * multiprocessors // tiles), PLACES, -(-count // (UNROLL * height))))
-    return Places("LAST" if last else "FIRST", vector, tile, tiles, blocks, tile * height)
+    tiles, height = -(-columns // tile), THREADS // tile
+    most = max(1, min(-(-PLACES * multiprocessors // tiles), MOST))
+    pieces = tuple(pieces_of(runs, 1 if last else vector, height, most) for runs in parts)
+    blocks = [
+        -(-runs.groups * runs.number * each.pieces // each.share)
+        for runs, each in zip(parts, pieces, strict=True)
+    ]
+    layout = "LAST" if last else "FIRST"
+    return Places(layout, vector, tile, tiles, max(blocks, default=1), tile * height, pieces)
 
 
-class Cut(NamedTuple):
-    """A call's geometry: of the fused kernels where there is a fused one, else of the separate ones."""
-
-    sweep: Sweep
-    places: Places
-    fused: bool
-    packed: bytes  # as part of a Call
-
-
-_GEOMETRY = struct.Struct("<17q")
-
-
-@lru_cache(maxsize=4096)
-def cut(sizes: Sizes, count: int, multiprocessors: int, fused: bool) -> Cut:
-    """Return the geometry of a call with ``count`` places a channel."""
-    found = cluster(sizes, multiprocessors) if fused else None
-    over = found or sweep(sizes, multiprocessors)
-    at = places(sizes, count, multiprocessors)
-    return Cut(over, at, found is not None, packed(sizes, over, at))
-
-
-def packed(sizes: Sizes, sweep: Sweep, places: Places) -> bytes:
-    """Return the part of a Call that the geometry fills."""
-    return _GEOMETRY.pack(*sizes[:3], *sweep[1:12], places.tile, places.tiles, places.blocks)
+def fields(sizes: Sizes, writing: Sweep, summing: Sweep, places: Places) -> tuple[int, ...]:
+    """Return what the kernels read of the geometry, in the order of places.cu's Call."""
+    over = writing
+    return (
+        *sizes[:3], over.rows, over.row, over.vector, over.fold, over.columns, over.tile, over.share,
+        summing.share, over.slots, places.tile,
+    )  # fmt: skip

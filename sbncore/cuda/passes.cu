@@ -2,23 +2,15 @@
 
 template <class A> struct Lane {
     typename A::real value[COEFFICIENTS][A::K];
-    int seam;  // the elements before it are of the first channel
 
+    // Takes the coefficients of a column that begins with so many elements of `local`'s channel.
     __device__ void take(const Shared<A>& shared, i64 local, i64 left, int count) {
-        seam = left < A::V ? (int)left : A::V;
-        for (int j = 0; j < count; ++j)
-            for (int k = 0; k < A::K; ++k)
-                value[j][k] = shared.table[j][A::LAYOUT == SEAMED && seam == A::V ? local : local + k];
+        for (int k = 0; k < A::K; ++k) {
+            for (int j = 0; j < count; ++j) value[j][k] = shared.table[j][local];
+            if (A::LAYOUT == LAST || k + 1 == left) ++local;
+        }
     }
-    __device__ typename A::real at(int coefficient, int i) const {
-        if (A::LAYOUT == LAST) return value[coefficient][i % A::K];
-        return A::LAYOUT == FIRST || i < seam ? value[coefficient][0] : value[coefficient][A::K - 1];
-    }
-    __device__ void add(typename A::real sums[], int i, typename A::real value) const {
-        if (A::LAYOUT == LAST) sums[i % A::K] += value;
-        else if (A::LAYOUT == FIRST || i < seam) sums[0] += value;
-        else sums[A::K - 1] += value;
-    }
+    __device__ typename A::real at(int coefficient, int i) const { return value[coefficient][i % A::K]; }
 };
 
 template <class A, int M>
@@ -31,218 +23,234 @@ __device__ typename A::real gradient(const Lane<A>& lane, int i, typename A::rea
 // The mask holds a word for each column of UNROLL rows, a bit for each element.
 template <int V> struct Bits { typedef typename Word<(UNROLL * V + 7) / 8>::type type; };
 
-__device__ inline bool masked(const Call& call, i64 index) {
+// The mask's bits of an element and of those behind it in an access of places, which lie in one byte.
+__device__ inline u32 kept(const Call& call, i64 index) {
     const i64 V = call.vector, bytes = (UNROLL * V + 7) / 8;
-    const i64 row = index / call.row, element = index - row * call.row;
-    const i64 word = row / UNROLL * (call.row / V) + element / V, bit = row % UNROLL * V + element % V;
-    return load(call.mask + word * bytes + bit / 8) >> bit % 8 & 1;
+    const i64 row = divide(index, call.row), element = index - row * call.row, column = divide(element, V);
+    const i64 word = row / UNROLL * call.columns + column, bit = row % UNROLL * V + element - column * V;
+    return load(call.mask + word * bytes + bit / 8) >> bit % 8;
 }
 
-// Calls visit(column, first row of UNROLL, how many of them there are) for what is this thread's.
-template <class A, class Enter, class Visit>
-__device__ void everywhere(const Call& call, Share share, Enter enter, Visit visit) {
-    const int tx = threadIdx.x % (int)call.tile, ty = threadIdx.x / (int)call.tile, TY = blockDim.x / (int)call.tile;
-    const i64 quads = (call.rows + UNROLL - 1) / UNROLL;
-    const i64 from = quads * share.block / share.blocks, to = quads * (share.block + 1) / share.blocks;
-    for (i64 pass = 0; pass < call.passes; ++pass) {
-        const i64 within = pass * call.tile + tx, column = share.tile * call.span + within;
-        if (within >= call.span || column >= call.columns) continue;
-        enter(column);
-        for (i64 quad = from + ty; quad < to; quad += TY) {
-            const i64 left = call.rows - quad * UNROLL;
-            visit(column, quad, left < UNROLL ? (int)left : (int)UNROLL);
-        }
-    }
-}
-
-template <class A>
-__device__ void enter_column(Lane<A>& lane, const Shared<A>& shared, const Call& call, i64 column, Channels channels,
-                             int count) {
+// Calls visit(index of its first element, word of the mask, how many of UNROLL rows there are) for what is this
+// thread's of so many times UNROLL rows: a column, whose coefficients are taken once.
+template <class A, class Visit>
+__device__ void everywhere(const Shared<A>& shared, const Call& call, Share share, i64 quads, Channels channels,
+                           int count, Lane<A>& lane, Visit visit) {
+    const int TX = (int)call.tile, ty = threadIdx.x / TX, tx = threadIdx.x - ty * TX, TY = blockDim.x / TX;
+    const i64 column = share.tile * TX + tx;
+    if (column >= call.columns || ty >= TY) return;
     const i64 element = column * A::V, channel = channel_at<A>(call, element);
     lane.take(shared, channel - channels.first, (channel + 1) * call.S - element, count);
+    const i64 from = share.block * quads + ty, left = call.rows - from * UNROLL;
+    i64 begin = from * UNROLL * call.row + element, word = from * call.columns + column;
+    for (i64 quad = ty; quad < quads; quad += TY) {
+        const i64 live = left - (quad - ty) * UNROLL;
+        if (live <= 0) break;
+        visit(begin, word, live < UNROLL ? (int)live : (int)UNROLL);
+        begin += TY * UNROLL * call.row;
+        word += TY * call.columns;
+    }
 }
 
 // Adds g and g * (x - shift) to first and second; writes dx = scale * g (less p times what the statistics
 // pass on, in a repair) and dresidual = g where wanted.
 template <class A, int M, bool SUM, bool REPAIR>
-__device__ void sweep(const Shared<A>& shared, const Call& call, Share share, typename A::real first[],
-                      typename A::real second[]) {
+__device__ void sweep(const Shared<A>& shared, const Call& call, Share share, Channels channels,
+                      typename A::real first[], typename A::real second[]) {
     typedef typename A::T T;
     typedef typename A::real real;
-    enum { V = A::V, READS_X = SUM || REPAIR || M == RELU };
-    const Channels channels = channels_of<A>(call, share.tile);
+    enum { V = A::V, READS_X = SUM || REPAIR || M == RELU, STEP = M == MOMENTS || A::K > 1 ? (int)UNROLL : (int)STEPS };
     const real p = (real)call.part[0].weight;
+    void *const dx_to = REPAIR || call.writes ? call.dx : 0, *const dresidual_to = REPAIR || call.writes ? call.dresidual : 0;
     Lane<A> lane;
     everywhere<A>(
-        call, share,
-        [&](i64 column) {
-            enter_column(lane, shared, call, column, channels, REPAIR ? (int)COEFFICIENTS : M == MOMENTS ? 1 : 3);
-        },
-        [&](i64 column, i64 quad, int live) {
-            const i64 begin = quad * UNROLL * call.row + column * V;
-            Pack<T, V> x[UNROLL], dy[UNROLL];
-            #pragma unroll
-            for (int u = 0; u < UNROLL; ++u)
-                if (u < live) {
-                    if (READS_X) x[u] = load<T, V>(call.x, begin + u * call.row);
-                    if (M != MOMENTS) dy[u] = load<T, V>(call.dy, begin + u * call.row);
-                }
-            real a[A::K] = {}, b[A::K] = {};  // few are added to few, and few such to many: rounding grows slowly
+        shared, call, share, REPAIR ? call.share : call.summing, channels, REPAIR ? (int)COEFFICIENTS : M == MOMENTS ? 1 : 3, lane,
+        [&](i64 begin, i64 word, int live) {
             u32 bits = 0;
-            if (M == MASKED) bits = load((const typename Bits<V>::type*)call.mask + quad * call.columns + column);
+            if (M == MASKED) bits = load((const typename Bits<V>::type*)call.mask + word);
+            // In one channel few are added to few, and few such to many: rounding grows slowly.
+            real few[A::K] = {}, products[A::K] = {}, *a = A::K > 1 ? first : few, *b = A::K > 1 ? second : products;
             #pragma unroll
-            for (int u = 0; u < UNROLL; ++u) {
-                if (u >= live) continue;
-                Pack<T, V> dx, dresidual;
+            for (int h = 0; h < UNROLL; h += STEP) {
+                Pack<T, V> x[STEP], dy[STEP];
                 #pragma unroll
-                for (int i = 0; i < V; ++i) {
-                    const real xi = READS_X ? widen(x[u].at[i]) : real(0), d = M == MOMENTS ? real(0) : widen(dy[u].at[i]);
-                    const bool kept = bits >> (u * V + i) & 1;
-                    const real g = gradient<A, M>(lane, i, d, xi, kept), deviation = xi - lane.at(SHIFT, i);
-                    if (SUM) {
-                        lane.add(a, i, g);
-                        lane.add(b, i, g * deviation);
+                for (int u = 0; u < STEP; ++u)
+                    if (h + u < live) {
+                        if (READS_X) x[u] = load<T, V>(call.x, begin + (h + u) * call.row, M != MOMENTS);
+                        if (M != MOMENTS) dy[u] = load<T, V>(call.dy, begin + (h + u) * call.row, true);
                     }
-                    if (M == MOMENTS) continue;
-                    real value = g * lane.at(SCALE, i);
-                    if (REPAIR) value -= p * (lane.at(K0, i) + deviation * lane.at(K1, i));
-                    narrow(dx.at[i], value);
-                    narrow(dresidual.at[i], g);
+                #pragma unroll
+                for (int u = 0; u < STEP; ++u) {
+                    if (h + u >= live) continue;
+                    Pack<T, V> dx, dresidual;
+                    #pragma unroll
+                    for (int i = 0; i < V; ++i) {
+                        const real xi = READS_X ? widen(x[u].at[i]) : real(0);
+                        const real d = M == MOMENTS ? real(0) : widen(dy[u].at[i]);
+                        const bool kept = bits >> ((h + u) * V + i) & 1;
+                        const real g = gradient<A, M>(lane, i, d, xi, kept), deviation = xi - lane.at(SHIFT, i);
+                        if (SUM) {
+                            a[i % A::K] += g;
+                            b[i % A::K] += g * deviation;
+                        }
+                        if (M == MOMENTS) continue;
+                        real value = g * lane.at(SCALE, i);
+                        if (REPAIR) value -= p * (lane.at(K0, i) + deviation * lane.at(K1, i));
+                        narrow(dx.at[i], value);
+                        narrow(dresidual.at[i], g);
+                    }
+                    if (M != MOMENTS && dx_to) store<T, V>(dx_to, begin + (h + u) * call.row, dx);
+                    if (M == MASKED && dresidual_to) store<T, V>(dresidual_to, begin + (h + u) * call.row, dresidual);
                 }
-                if (M != MOMENTS && call.dx) store<T, V>(call.dx, begin + u * call.row, dx);
-                if (M == MASKED && call.dresidual) store<T, V>(call.dresidual, begin + u * call.row, dresidual);
             }
-            for (int k = 0; SUM && k < A::K; ++k) {
-                first[k] += a[k];
-                second[k] += b[k];
+            if (SUM && A::K == 1) {
+                first[0] += few[0];
+                second[0] += products[0];
             }
         });
 }
 
 template <class A, bool ACTIVATE, bool RESIDUAL>
-__device__ void normalize_everywhere(const Shared<A>& shared, const Call& call, Share share) {
+__device__ void normalize_everywhere(const Shared<A>& shared, const Call& call, Share share, Channels channels) {
     typedef typename A::T T;
     typedef typename A::real real;
-    enum { V = A::V };
-    const Channels channels = channels_of<A>(call, share.tile);
+    enum { V = A::V, STEP = RESIDUAL ? (int)STEPS : (int)UNROLL };
     Lane<A> lane;
     everywhere<A>(
-        call, share, [&](i64 column) { enter_column(lane, shared, call, column, channels, 3); },
-        [&](i64 column, i64 quad, int live) {
-            const i64 begin = quad * UNROLL * call.row + column * V;
-            Pack<T, V> x[UNROLL], residual[UNROLL];
-            #pragma unroll
-            for (int u = 0; u < UNROLL; ++u)
-                if (u < live) {
-                    x[u] = load<T, V>(call.x, begin + u * call.row, true);
-                    if (RESIDUAL) residual[u] = load<T, V>(call.residual, begin + u * call.row, true);
-                }
+        shared, call, share, call.share, channels, 3, lane, [&](i64 begin, i64 word, int live) {
             u32 bits = 0;
             #pragma unroll
-            for (int u = 0; u < UNROLL; ++u) {
-                if (u >= live) continue;
-                Pack<T, V> y;
+            for (int h = 0; h < UNROLL; h += STEP) {
+                Pack<T, V> x[STEP], residual[STEP];
                 #pragma unroll
-                for (int i = 0; i < V; ++i) {
-                    real z = fused(widen(x[u].at[i]) - lane.at(SHIFT, i), lane.at(SCALE, i), lane.at(OFFSET, i));
-                    if (RESIDUAL) z += widen(residual[u].at[i]);
-                    if (ACTIVATE && z <= 0) z = 0;  // not of a NaN, which passes
-                    else bits |= 1u << (u * V + i);
-                    narrow(y.at[i], z);
+                for (int u = 0; u < STEP; ++u)
+                    if (h + u < live) {
+                        x[u] = load<T, V>(call.x, begin + (h + u) * call.row, true);
+                        if (RESIDUAL) residual[u] = load<T, V>(call.residual, begin + (h + u) * call.row, true);
+                    }
+                #pragma unroll
+                for (int u = 0; u < STEP; ++u) {
+                    if (h + u >= live) continue;
+                    Pack<T, V> y;
+                    #pragma unroll
+                    for (int i = 0; i < V; ++i) {
+                        real z = fused(widen(x[u].at[i]) - lane.at(SHIFT, i), lane.at(SCALE, i), lane.at(OFFSET, i));
+                        if (RESIDUAL) z += widen(residual[u].at[i]);
+                        if (ACTIVATE && z <= 0) z = 0;  // not of a NaN, which passes
+                        else bits |= 1u << ((h + u) * V + i);
+                        narrow(y.at[i], z);
+                    }
+                    store<T, V>(call.y, begin + (h + u) * call.row, y);
                 }
-                store<T, V>(call.y, begin + u * call.row, y);
             }
             if (ACTIVATE && RESIDUAL && call.mask) {
                 typedef typename Bits<V>::type bits_type;
-                store((bits_type*)call.mask + quad * call.columns + column, (bits_type)bits);
+                store((bits_type*)call.mask + word, (bits_type)bits);
             }
         });
 }
 
-// Calls visit(indices in memory, how many of them there are, the part) for what is this thread's: up to
-// UNROLL places of one column, of V channels in channels-last memory and of one channel else.
+// What a thread takes of a piece: up to UNROLL accesses, each of V positions of one channel (channels-last: of V
+// channels of one position).
+struct Accesses {
+    i64 base;  // of the sample's map
+    int s, S, pitch, step, count;
+
+    __device__ bool live(int u) const { return u * step < count; }
+    __device__ i64 index(int u) const {
+        int at = s + u * step;
+        if (at >= S) at -= S;
+        return base + (i64)at * pitch;
+    }
+};
+
+// Calls visit(accesses) for what is this thread's of a part.
 template <class A, class Visit>
-__device__ void at_places(const Call& call, Share share, i64 column, int ty, int TY, Visit visit) {
-    for (int k = 0; k < call.parts; ++k) {
-        const Part& part = call.part[k];
-        const i64 places = part.groups * part.positions;
-        const i64 from = places * share.block / share.blocks + ty, to = places * (share.block + 1) / share.blocks;
-        if (from >= to) continue;
-        Walk walk(call, part, from, TY);
-        for (i64 r = from; r < to;) {
-            i64 index[UNROLL];
-            int live = 0;
-            #pragma unroll 1
-            for (; live < UNROLL && r < to; ++live, r += TY, walk.next(part)) {
-                walk.find(call, part);
-                const i64 found = index_of<A>(call, walk.n, walk.s, column * A::V);
-                #pragma unroll
-                for (int u = 0; u < UNROLL; ++u)
-                    if (u == live) index[u] = found;  // an index known to the compiler keeps it in registers
-            }
-            visit(index, live, (typename A::real)part.weight);
-        }
+__device__ void at_places(const Call& call, const Part& part, Share share, i64 column, int ty, int TY, Visit visit) {
+    enum { WIDTH = A::LAYOUT == LAST ? 1 : (int)A::V };  // positions of an access
+    const u64 key = key_of(call, part);
+    const int lanes = (int)part.lanes, group = ty / lanes, together = TY / lanes, first = (ty - group * lanes) * WIDTH;
+    const i64 pieces = part.groups * part.runs * part.pieces, from = share.block * part.share;
+    const i64 to = from + part.share < pieces ? from + part.share : pieces;
+    for (i64 j = from + group; j < to && group < together; j += together) {
+        const Piece piece = piece_of(call, part, key, (u32)j);
+        Accesses accesses;
+        accesses.base = A::LAYOUT == LAST ? piece.n * call.S * call.C + column * A::V : (piece.n * call.C + column) * call.S;
+        accesses.S = (int)call.S;
+        accesses.s = piece.s + first < accesses.S ? piece.s + first : piece.s + first - accesses.S;
+        accesses.pitch = A::LAYOUT == LAST ? (int)call.C : 1;
+        accesses.step = lanes * WIDTH;
+        accesses.count = piece.count - first;
+        visit(accesses);
     }
 }
 
 template <class A, int M>
-__device__ void sum_places(const Lane<A>& lane, const Call& call, Share share, i64 column, int ty, int TY,
+__device__ void sum_places(const Lane<A>& lane, const Call& call, const Part& part, Share share, i64 column, int ty, int TY,
                            typename A::real first[], typename A::real second[]) {
     typedef typename A::T T;
     typedef typename A::real real;
-    enum { V = A::V };
-    at_places<A>(
-        call, share, column, ty, TY, [&](const i64 index[], int live, real weight) {
-            Pack<T, V> x[UNROLL], dy[UNROLL];
+    enum { V = A::V, STEP = A::K > 1 && M != MOMENTS ? (int)STEPS : (int)UNROLL };
+    at_places<A>(call, part, share, column, ty, TY, [&](const Accesses& accesses) {
+        real few[A::K] = {}, products[A::K] = {}, *a = A::K > 1 ? first : few, *b = A::K > 1 ? second : products;
+        #pragma unroll
+        for (int h = 0; h < UNROLL; h += STEP) {
+            Pack<T, V> x[STEP], dy[STEP];
             #pragma unroll
-            for (int u = 0; u < UNROLL; ++u)
-                if (u < live) {
-                    x[u] = load<T, V>(call.x, index[u]);
-                    if (M != MOMENTS) dy[u] = load<T, V>(call.dy, index[u]);
+            for (int u = 0; u < STEP; ++u)
+                if (accesses.live(h + u)) {
+                    x[u] = load<T, V>(call.x, accesses.index(h + u));
+                    if (M != MOMENTS) dy[u] = load<T, V>(call.dy, accesses.index(h + u));
                 }
-            real few[A::K] = {}, products[A::K] = {};
             #pragma unroll
-            for (int u = 0; u < UNROLL; ++u)
+            for (int u = 0; u < STEP; ++u) {
+                if (!accesses.live(h + u)) continue;
+                const u32 bits = M == MASKED ? kept(call, accesses.index(h + u)) : 0;
+                #pragma unroll
                 for (int i = 0; i < V; ++i) {
-                    if (u >= live) continue;
                     const real xi = widen(x[u].at[i]), d = M == MOMENTS ? real(0) : widen(dy[u].at[i]);
-                    const real g = gradient<A, M>(lane, i, d, xi, M == MASKED && masked(call, index[u] + i));
-                    lane.add(few, i, g);
-                    lane.add(products, i, g * (xi - lane.at(SHIFT, i)));
+                    const real g = gradient<A, M>(lane, i, d, xi, bits >> i & 1);
+                    a[i % A::K] += g;
+                    b[i % A::K] += g * (xi - lane.at(SHIFT, i));
                 }
-            for (int k = 0; k < A::K; ++k) {
-                first[k] += weight * few[k];
-                second[k] += weight * products[k];
             }
-        });
+        }
+        if (A::K == 1) {
+            first[0] += few[0];
+            second[0] += products[0];
+        }
+    });
 }
 
 template <class A, int M>
-__device__ void repair_at_places(const Lane<A>& lane, const Call& call, Share share, i64 column, int ty, int TY) {
+__device__ void repair_at_places(const Lane<A>& lane, const Call& call, const Part& part, Share share, i64 column, int ty,
+                                 int TY) {
     typedef typename A::T T;
     typedef typename A::real real;
     enum { V = A::V };
-    at_places<A>(
-        call, share, column, ty, TY, [&](const i64 index[], int live, real p) {
-            Pack<T, V> x[UNROLL], dy[UNROLL];
-            #pragma unroll
-            for (int u = 0; u < UNROLL; ++u)
-                if (u < live) {
-                    x[u] = load<T, V>(call.x, index[u], true);
-                    dy[u] = load<T, V>(call.onto ? call.dx : call.dy, index[u], true);
-                }
-            #pragma unroll
-            for (int u = 0; u < UNROLL; ++u) {
-                if (u >= live) continue;
-                Pack<T, V> dx;
-                for (int i = 0; i < V; ++i) {
-                    const real xi = widen(x[u].at[i]), d = widen(dy[u].at[i]);
-                    real value = d;
-                    if (!call.onto)
-                        value = gradient<A, M>(lane, i, d, xi, M == MASKED && masked(call, index[u] + i)) * lane.at(SCALE, i);
-                    narrow(dx.at[i], value - p * (lane.at(K0, i) + (xi - lane.at(SHIFT, i)) * lane.at(K1, i)));
-                }
-                store<T, V>(call.dx, index[u], dx);
+    const real p = (real)part.weight;
+    at_places<A>(call, part, share, column, ty, TY, [&](const Accesses& accesses) {
+        Pack<T, V> x[UNROLL], dy[UNROLL];
+        #pragma unroll
+        for (int u = 0; u < UNROLL; ++u)
+            if (accesses.live(u)) {
+                x[u] = load<T, V>(call.x, accesses.index(u), true);
+                dy[u] = load<T, V>(call.onto ? call.dx : call.dy, accesses.index(u), true);
             }
-        });
+        #pragma unroll
+        for (int u = 0; u < UNROLL; ++u) {
+            if (!accesses.live(u)) continue;
+            const i64 index = accesses.index(u);
+            const u32 bits = M == MASKED && !call.onto ? kept(call, index) : 0;
+            Pack<T, V> dx;
+            #pragma unroll
+            for (int i = 0; i < V; ++i) {
+                const real xi = widen(x[u].at[i]), d = widen(dy[u].at[i]);
+                real value = d;
+                if (!call.onto) value = gradient<A, M>(lane, i, d, xi, bits >> i & 1) * lane.at(SCALE, i);
+                narrow(dx.at[i], value - p * (lane.at(K0, i) + (xi - lane.at(SHIFT, i)) * lane.at(K1, i)));
+            }
+            store<T, V>(call.dx, index, dx);
+        }
+    });
 }

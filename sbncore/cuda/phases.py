@@ -7,17 +7,54 @@ from __future__ import annotations
 
 from typing import Any
 
-from sbncore.arrays import address, borrow, widen
+from sbncore.arrays import address, borrow, element_type, widen
 from sbncore.checks import Parameters, Running
 from sbncore.cuda import call, geometry
-from sbncore.cuda.device import device_of
-from sbncore.cuda.work import Draws, State, Work, at, is_aligned
+from sbncore.cuda.call import Call, Launch, Numbers, Pointers
+from sbncore.cuda.device import Device, device_of
 from sbncore.layout import Layout
 from sbncore.plans import Plan
 from sbncore.saved import ROWS, Kept, Saved
 from sbncore.statistics import Given, Moments, unbiased
 
+TYPES = {"float64": "double", "float32": "float", "float16": "float16", "bfloat16": "bfloat16"}
 MASK_WORD = {8: 4, 4: 2, 2: 1, 1: 1}  # bytes for UNROLL rows of a column of so many elements
+MOST_POSITIONS = 2**30  # of a map: kernels count them in 32 bits
+
+
+class State:
+    """What forward leaves for backward in device memory."""
+
+    def __init__(self, values: Any, count: float, draws: Draws) -> None:
+        self.values = values  # (ROWS, C) float64
+        self.count = count
+        self.draws = draws
+        self.mask: Any = None
+        self.aligned = True  # the mask's columns: of 16 bytes
+        self.memory: dict[str, Any] = {}  # temporary: a captured graph uses it as long as it lives
+
+    @property
+    def moments(self) -> Moments:
+        return self.values[0], self.values[1], self.count
+
+
+class Draws:
+    """What a plan's parts need in device memory: the step as it was, the few values that are sorted."""
+
+    def __init__(self, device: Device, plan: Plan, kept: Any = None) -> None:
+        step = plan.step
+        self.step = None if step is None else device.step(step)
+        self.kept = None if step is None else device.empty(1, "int64") if kept is None else kept
+        self.memory: Any = None
+        self.tables: dict[int, int] = {}  # their addresses, by part
+        counts = [call.table_size(part, plan.S) for part in plan.parts]
+        if any(counts):
+            self.memory = device.empty(sum(counts), "int32")
+            begin = address(self.memory)
+            for k, count in enumerate(counts):
+                if count:
+                    self.tables[k] = begin
+                begin += 4 * count
 
 
 def moments(x: Any, layout: Layout, plan: Plan, prior: Given | None) -> Moments:
@@ -26,11 +63,9 @@ def moments(x: Any, layout: Layout, plan: Plan, prior: Given | None) -> Moments:
     device = device_of(x)
     values = device.empty((ROWS, layout.C), "float64")
     if x.size:
-        given = Parameters()
-        draws = Draws(device, plan, layout.S)
-        work = Work(device, x, layout, plan, (), fused=False)
-        pointers = {"state": address(values), "x": address(x)}
-        _launch_forward(work, pointers, draws, prior, given, 1.0, None, "false,false", write=False)
+        state = State(values, 0.0, Draws(device, plan))
+        prepared = _call(device, x, layout, plan, ())
+        _run_forward(device, prepared, [], Pointers(x=address(x)), state, plan, prior, Parameters(), 1.0, x)
     else:
         _of_nothing(values, plan, prior)
     return values[0], values[1], plan.count_beside(prior, x.size)
@@ -52,40 +87,34 @@ def forward(
     _check(plan)
     device = device_of(x)
     kept = kept or Kept(device.empty((ROWS, layout.C), "float64"), None)
-    values = kept.values
-    state = State(values, plan.count_beside(prior, x.size), Draws(device, plan, layout.S, kept.step))
+    state = State(kept.values, plan.count_beside(prior, x.size), Draws(device, plan, kept.step))
     if not x.size:
-        _of_nothing(values, plan, prior)
+        _of_nothing(kept.values, plan, prior)
         return state
     residual = None if given.residual is None else layout.flatten(given.residual)
-    work = Work(device, x, layout, plan, (y, residual), fused=plan.prior < 1)
-    state.work = [work]
-    if running is not None and prior is not None and plan.prior < 1:
-        prior = Given(prior.mean.copy(), prior.var.copy(), prior.count)  # blocks read it while one moves it
+    prepared = _call(device, x, layout, plan, (y, residual))
     if relu and residual is not None:
-        size = _mask_size(work.sweep)
+        size = _mask_size(prepared.writing)
         state.mask = device.empty(size, "uint8") if kept.mask is None else kept.mask
         assert state.mask.size >= size, "the caller's mask is that of an aligned array, and this one is not"
-        state.aligned = work.sizes.aligned
-    pointers = {
-        "y": address(y), "x": address(x), "residual": at(residual), "mask": at(state.mask),
-        "state": address(values),
-    }  # fmt: skip
-    options = f"{_flag(relu)},{_flag(residual is not None)}"
-    _launch_forward(work, pointers, state.draws, prior, given, eps, running, options, state.count)
+        state.aligned = prepared.sizes.aligned
+    pointers = Pointers(y=address(y), x=address(x), residual=_at(residual), mask=_at(state.mask))
+    write = [prepared.normalize(relu, residual is not None)]
+    _run_forward(device, prepared, write, pointers, state, plan, prior, given, eps, x, running)
     return state
 
 
 def restored(x: Any, layout: Layout, plan: Plan, kept: Kept) -> State:
     """Return the state that a forward under this plan left in the caller's memory."""
     device = device_of(x)
-    draws = Draws(device, plan, layout.S, kept.step)
+    draws = Draws(device, plan, kept.step)
     state = State(kept.values, plan.effective_count, draws)
     state.mask = kept.mask
-    if draws.addresses:
+    if draws.tables:
         draws.step = draws.kept
-        work = Work(device, x, layout, plan, (), fused=False)
-        _draw(work, {"step": at(draws.kept)}, draws, draws.parts(plan.parts, plan))
+        prepared = _call(device, x, layout, plan, ())
+        record = prepared.record(Pointers(step=_at(draws.kept)), Numbers(), plan.parts, draws.tables)
+        device.launch([call.draw(plan.parts, plan.S)], record)
     return state
 
 
@@ -95,25 +124,12 @@ def mask_size(layout: Layout, itemsize: int) -> int:
     return _mask_size(geometry.sweep(sizes, 1))
 
 
-def _mask_size(sweep: geometry.Sweep) -> int:
-    return -(-sweep.rows // geometry.UNROLL) * sweep.columns * MASK_WORD[sweep.vector]
-
-
 def normalize(
     y: Any, x: Any, layout: Layout, by: Given, given: Parameters, eps: float, relu: bool
 ) -> None:
     """Write y, normalized by given statistics."""
-    if not x.size:
-        return
-    device = device_of(x)
-    plan = Plan((layout.N, *layout.spatial), (), 1.0)
-    residual = None if given.residual is None else layout.flatten(given.residual)
-    values = device.empty((ROWS, layout.C), "float64")
-    work = Work(device, x, layout, plan, (y, residual), fused=False)
-    pointers = {"y": address(y), "x": address(x), "residual": at(residual), "state": address(values)}
-    options = f"{_flag(relu)},{_flag(residual is not None)}"
-    draws = Draws(device, plan, layout.S)
-    _launch_forward(work, pointers, draws, by, given, eps, None, options)
+    if x.size:
+        forward(y, x, layout, Plan((layout.N, *layout.spatial), (), 1.0), by, given, eps, relu)
 
 
 def backward(
@@ -138,46 +154,28 @@ def backward(
     masked = state.mask is not None
     asked: tuple[Any, ...] = (dx, dresidual)
     if masked and state.aligned:  # the mask is read in the columns it was written in
-        dy = dy if is_aligned(dy) else dy.copy()
-        dx, dresidual = (a if is_aligned(a) else device.empty(a.shape, a.dtype) for a in asked)
+        dy = dy if _is_aligned(dy) else dy.copy()
+        dx, dresidual = (a if _is_aligned(a) else device.empty(a.shape, a.dtype) for a in asked)
     through = gradient != "detached" and plan.parts != () and dx is not None
-    dense = through and plan.full
     sampled = gradient == "sampled" and plan.parts != () and not plan.full
-    work = Work(
-        device, x, layout, plan, (dy, dx, dresidual), not (dense or sampled) and plan.apart,
-        aligned=state.aligned,
-    )  # fmt: skip
-    draws = state.draws
-    state.work[1:] = [work]
-    pointers = {
-        "dx": at(dx), "dresidual": at(dresidual), "mask": at(state.mask), "x": address(x),
-        "dy": address(dy), "dweight": at(dweight), "dbias": at(dbias), "state": address(state.values),
-        "step": at(draws.kept),
-    }  # fmt: skip
-    elements = sum(
-        call.OWN[name] for name, array in (("weight", dweight), ("bias", dbias))
-        if array is not None and array.dtype == x.dtype
-    )  # fmt: skip
+    prepared = _call(device, x, layout, plan, (dy, dx, dresidual), state.aligned)
     mode = "MASKED" if masked else "RELU" if saved.relu else "PLAIN"
-    parts = draws.parts(plan.parts, plan) if through else call.pack_parts((), plan.S, {})
-    if work.fused:
-        work.everywhere("backward", mode, pointers, parts, total_scale=1.0, elements=elements)
-    else:
-        sweep = work.sweep
-        read: dict[str, Any] = {"elements": elements, "total_scale": 1.0}
-        if sampled:
-            pointers["partial"] = work.partial_for(work.places.blocks, layout.C)
-            work.at_places("sums_of_places", mode, pointers, draws.parts(plan.parts, plan))
-            if dx is not None or dresidual is not None:
-                work.everywhere("sums", f"{mode},false", pointers)
-            scale = layout.N * layout.S / (1 - plan.prior)
-            read |= {"from_places": True, "from_blocks": work.places.blocks, "total_scale": scale}
-        else:
-            pointers["partial"] = work.partial_for(sweep.blocks, sweep.slots)
-            only_sums = pointers | {"dx": 0, "dresidual": 0} if dense else pointers
-            work.everywhere("sums", f"{mode},true", only_sums)
-            read["from_blocks"] = sweep.blocks
-        _repair(work, mode, pointers, draws, parts, dense, plan.apart or not through, read)
+    launches = prepared.sums(mode, over_places=sampled)
+    if sampled and dx is None and dresidual is None:
+        del launches[1:]
+    pointers, numbers = _between(device, prepared, sampled, state, "backward")
+    scale = layout.N * layout.S / (1 - plan.prior) if sampled else 1.0
+    pointers = pointers._replace(
+        dx=_at(dx), dresidual=_at(dresidual), mask=_at(state.mask), x=address(x), dy=address(dy),
+        dweight=_at(dweight), dbias=_at(dbias), step=_at(state.draws.kept),
+    )  # fmt: skip
+    numbers = numbers._replace(
+        total_scale=scale, writes=not (through and plan.full),
+        elements=_elements({"weight": dweight, "bias": dbias}, x),
+    )  # fmt: skip
+    record = prepared.record(pointers, numbers, plan.parts, state.draws.tables)
+    launches.append(prepared.finish("backward"))
+    _launch_repaired(device, prepared, launches, record, plan, mode if through else None)
     for array, wanted in zip((dx, dresidual), asked, strict=True):
         if array is not wanted:
             wanted[...] = array
@@ -189,114 +187,123 @@ def repair(dx: Any, dy: Any, saved: Saved, dweight: Any, dbias: Any) -> None:
     x, layout, plan, state = saved.x, saved.layout, saved.plan, saved.state
     if not x.size or not plan.parts:
         return
-    device = device_of(x)
+    device, C = device_of(x), layout.C
     masked = state.mask is not None
     written = dx
     if masked and state.aligned:  # the mask is read in the columns it was written in
-        dy = dy if is_aligned(dy) else dy.copy()
-        written = dx if is_aligned(dx) else dx.copy()
-    work = Work(device, x, layout, plan, (dy, written), fused=False, aligned=state.aligned)
-    draws = state.draws
-    state.work[1:] = [work]
+        dy = dy if _is_aligned(dy) else dy.copy()
+        written = dx if _is_aligned(dx) else dx.copy()
+    prepared = _call(device, x, layout, plan, (dy, written), state.aligned)
+    pointers, _ = _between(device, prepared, True, state, "backward")
     mean, _, rstd, shift = state.values[:4]
-    pointers = {
-        "dx": address(written), "mask": at(state.mask), "x": address(x), "dy": address(dy),
-        "state": address(state.values), "step": at(draws.kept), "partial": work.partial_for(1, layout.C),
-    }  # fmt: skip
-    work.partial[: layout.C] = widen(dbias)
-    work.partial[layout.C :] = widen(dweight) / rstd + (mean - shift) * widen(dbias)
+    sums = state.memory["backward"][2 * C :].view("f8" if prepared.real == 8 else "f4")
+    sums[:C] = widen(dbias)
+    sums[C : 2 * C] = widen(dweight) / rstd + (mean - shift) * widen(dbias)
+    pointers = pointers._replace(
+        dx=address(written), mask=_at(state.mask), x=address(x), dy=address(dy), step=_at(state.draws.kept)
+    )
+    numbers = Numbers(total_scale=1.0, from_places=True, from_blocks=1)
+    record = prepared.record(pointers, numbers, plan.parts, state.draws.tables)
     mode = "MASKED" if masked else "RELU" if saved.relu else "PLAIN"
-    read = {"from_places": True, "from_blocks": 1, "total_scale": 1.0}
-    parts = draws.parts(plan.parts, plan)
-    _repair(work, mode, pointers, draws, parts, plan.full, plan.apart, read)
+    _launch_repaired(device, prepared, [prepared.finish("backward")], record, plan, mode)
     if written is not dx:
         dx[...] = written
 
 
-def _repair(
-    work: Work,
-    mode: str,
-    pointers: dict[str, int],
-    draws: Draws,
-    parts: bytes,
-    dense: bool,
-    at_once: bool,
-    read: dict[str, Any],
+def _launch_repaired(
+    device: Device, prepared: Call, launches: list[Launch], record: bytes, plan: Plan, mode: str | None
 ) -> None:
-    plan = work.plan
-    if dense:
-        work.everywhere("repair", mode, pointers, draws.parts(plan.parts, plan, walked=False), **read)
-    elif at_once:
-        work.at_places("repair_places", mode, pointers, parts, **read)
+    """Launch what leaves the sums, then the repair in this mode, if any; parts that overlap one by one."""
+    if mode is None:
+        device.launch(launches, record)
+    elif plan.full or plan.apart:
+        device.launch([*launches, prepared.repair(mode)], record)
     else:
-        for k, part in enumerate(plan.parts):
-            work.at_places("repair_places", mode, pointers, draws.parts((part,), plan), onto=k > 0, **read)
+        device.launch(launches, record)
+        for k in range(len(plan.parts)):
+            device.launch([prepared.repair(mode)], prepared.of_part(record, k))
 
 
-def _launch_forward(
-    work: Work,
-    pointers: dict[str, int],
-    draws: Draws,
+def _run_forward(
+    device: Device,
+    prepared: Call,
+    write: list[Launch],
+    pointers: Pointers,
+    state: State,
+    plan: Plan,
     prior: Given | None,
     given: Parameters,
     eps: float,
-    running: Running | None,
-    options: str,
-    count: float = 0.0,
-    *,
-    write: bool = True,
+    x: Any,
+    running: Running | None = None,
 ) -> None:
-    plan, layout = work.plan, work.layout
-    parameters: dict[str, Any] = {"weight": given.weight, "bias": given.bias}
+    """Leave the state of each channel, move the running statistics, and write."""
+    arrays: dict[str, Any] = {"weight": given.weight, "bias": given.bias}
     if prior is not None:
-        parameters |= {"prior_mean": _at_most(prior.mean, work), "prior_var": _at_most(prior.var, work)}
+        arrays |= {"prior_mean": _at_most(prior.mean, x), "prior_var": _at_most(prior.var, x)}
     if running is not None:
-        parameters |= {"running_mean": running.mean, "running_var": running.var}
-    held = {name: _dense(array) for name, array in parameters.items() if array is not None}
-    work.held = held
-    for name, array in held.items():
-        pointers[name] = address(array)
-    elements = sum(call.OWN[name] for name, array in held.items() if array.dtype == work.x.dtype)
-    pointers["step"], pointers["step_kept"] = at(draws.step), at(draws.kept)
-    numbers: dict[str, Any] = {"prior": plan.prior, "eps": eps, "elements": elements}
+        arrays |= {"running_mean": running.mean, "running_var": running.var}
+    held = {name: _dense(array) for name, array in arrays.items() if array is not None}
+    state.memory |= held
+    draws, launches = state.draws, []
+    if draws.tables:
+        launches.append(call.draw(plan.parts, plan.S))
+    between, numbers = Pointers(), Numbers()
+    if plan.prior < 1:
+        launches.append(prepared.moments())
+        between, numbers = _between(device, prepared, not plan.full, state, "forward")
+    total = prepared.sizes.N * prepared.sizes.S if plan.full else sum(part.weight for part in plan.parts)
+    numbers = numbers._replace(
+        prior=plan.prior, eps=eps, total_scale=1 / total if total else 0.0, elements=_elements(held, x)
+    )
     if running is not None:
-        numbers |= {
-            "momentum": running.factor, "skip_nonfinite": running.skip_nonfinite,
-            "unbiased": unbiased(count),
-        }  # fmt: skip
-    walked = not plan.full
-    parts = draws.parts(plan.parts, plan, walked) if plan.prior < 1 else call.pack_parts((), plan.S, {})
-    if plan.full:
-        numbers["total_scale"] = 1 / (layout.N * layout.S)
-    elif plan.prior < 1:
-        numbers["total_scale"] = 1 / sum(part.weight for part in plan.parts)
-    if draws.addresses:
-        _draw(work, pointers, draws, parts)
-    if work.fused:
-        work.everywhere("forward", options, pointers, parts, **numbers)
-    else:
-        if plan.prior < 1:
-            if plan.full:
-                pointers["partial"] = work.partial_for(work.sweep.blocks, work.sweep.slots)
-                work.everywhere("sums", "MOMENTS,true", pointers, parts)
-                numbers["from_blocks"] = work.sweep.blocks
-            else:
-                pointers["partial"] = work.partial_for(work.places.blocks, layout.C)
-                work.at_places("sums_of_places", "MOMENTS", pointers, parts)
-                numbers |= {"from_places": True, "from_blocks": work.places.blocks}
-        if not write:  # no rows: what is before them remains
-            work.sweep = work.sweep._replace(blocks=1)
-            work.geometry = geometry.packed(work.sizes, work.sweep._replace(rows=0), work.places)
-        work.everywhere("normalize", options, pointers, parts, **numbers)
+        numbers = numbers._replace(
+            momentum=running.factor, skip_nonfinite=running.skip_nonfinite, unbiased=unbiased(state.count)
+        )
+    pointers = pointers._replace(
+        state=address(state.values), step=_at(draws.step), step_kept=_at(draws.kept),
+        partial=between.partial, shift=between.shift, **{name: address(a) for name, a in held.items()},
+    )  # fmt: skip
+    record = prepared.record(pointers, numbers, plan.parts, draws.tables)
+    device.launch([*launches, prepared.finish("forward"), *write], record)
     for name in ("running_mean", "running_var"):
-        if name in held and held[name] is not parameters[name]:
-            parameters[name][...] = held[name]
+        if name in held and held[name] is not arrays[name]:
+            arrays[name][...] = held[name]
 
 
-def _draw(work: Work, pointers: dict[str, int], draws: Draws, parts: bytes) -> None:
-    plan = work.plan
-    most = max(call.range_size(part, plan.S) for part in plan.parts if call.table_size(part, plan.S))
-    work.device.launch("draw", -(-most // 128), 128, call.pack(pointers, work.geometry, parts))
+def _call(
+    device: Device, x: Any, layout: Layout, plan: Plan, arrays: tuple[Any, ...], aligned: bool = True
+) -> Call:
+    aligned = aligned and all(map(_is_aligned, (x, *arrays)))
+    sizes = geometry.Sizes(layout.N, layout.C, layout.S, layout.last, x.dtype.itemsize, aligned)
+    runs = tuple([geometry.runs_of(part, plan.S) for part in plan.parts])
+    return call.call_of(sizes, TYPES[element_type(x)], runs, plan.full, device.multiprocessors)
+
+
+def _between(
+    device: Device, prepared: Call, over_places: bool, state: State, direction: str
+) -> tuple[Pointers, Numbers]:
+    """Allocate what kernels leave for those behind them; return where it is, and how to read it."""
+    blocks, slots = prepared.sums_left(over_places)
+    C, sums = prepared.sizes.C, 2 * blocks * slots
+    memory = device.empty(2 * C + -(-(sums + C) * prepared.real // 8), "float64")
+    state.memory[direction] = memory
+    slopes = address(memory)
+    partial = slopes + 16 * C
+    pointers = Pointers(
+        state=address(state.values), slopes=slopes, partial=partial, shift=partial + prepared.real * sums
+    )
+    return pointers, Numbers(from_places=over_places, from_blocks=blocks)
+
+
+def _elements(arrays: dict[str, Any], x: Any) -> int:
+    """Return the bits of the arrays that are in x's own type."""
+    own = [name for name, array in arrays.items() if array is not None and array.dtype == x.dtype]
+    return sum(map(call.OWN.__getitem__, own))
+
+
+def _mask_size(sweep: geometry.Sweep) -> int:
+    return -(-sweep.rows // geometry.UNROLL) * sweep.columns * MASK_WORD[sweep.vector]
 
 
 def _of_nothing(values: Any, plan: Plan, prior: Given | None) -> None:
@@ -310,16 +317,27 @@ def _check(plan: Plan) -> None:
         raise ValueError(f"plan: expected at most {call.PARTS} parts on a GPU, got {len(plan.parts)}")
     if not plan.apart and plan.step is not None:
         raise ValueError("plan: expected parts that share no samples where an array holds the step")
+    if plan.S > MOST_POSITIONS or plan.count >= 2**32:
+        raise ValueError(
+            "plan: expected at most 2**30 positions of a map and 2**32 values a channel on a GPU, got "
+            f"{plan.S} and {plan.count}"
+        )
 
 
-def _at_most(array: Any, work: Work) -> Any:
+def _at_most(array: Any, x: Any) -> Any:
     """Statistics in float64 beside other elements: the kernels read them in float32."""
-    return array.astype("float32") if array.dtype == "float64" and work.type != "double" else array
+    return array.astype("float32") if array.dtype == "float64" and x.dtype != "float64" else array
 
 
 def _dense(array: Any) -> Any:
     return array if array.strides == (array.itemsize,) or array.size == 1 else array.copy()
 
 
-def _flag(value: bool) -> str:
-    return "true" if value else "false"
+def _at(array: Any) -> int:
+    """Return an array's address, 0 of none."""
+    return 0 if array is None else address(array)
+
+
+def _is_aligned(array: Any) -> bool:
+    """Whether an array allows accesses of 16 bytes; none does."""
+    return array is None or address(array) % 16 == 0

@@ -2,12 +2,15 @@
 
 enum Kind { STRIDED, DISTINCT, MAP, SCATTERED };
 
-// A part of a plan: `groups` groups (samples, or single places) of `positions` places each.
+// A part of a plan: `groups` samples (or single places), each of `runs` runs of `length` consecutive positions,
+// `stride` apart, the last run what is left of `positions`. A run wraps round its map. Threads take a run in
+// `pieces` pieces of `piece` positions: `lanes` threads times UNROLL accesses.
 struct Part {
     u64 key;         // final; or, where the step is read from the device, of (seed, layer)
     u64 stream;      // number of the part, absorbed behind such a step
     double weight;   // p of each place
-    i64 kind, first, rows, groups, positions, length, stride, align, common;
+    i64 kind, first, rows, groups, positions, length, stride, align, starts, common;
+    i64 runs, pieces, piece, lanes, share;  // share: pieces of a block
     const int* table;  // values drawn by `draw`, where they are few
 };
 
@@ -17,11 +20,14 @@ enum { PARTS = 8, SORTED = 4096, ROUNDS = 8 };
 struct Call {
     // outputs
     void *y, *dx, *dresidual;
-    u8* mask;             // see masked()
+    u8* mask;             // see kept()
     void *dweight, *dbias, *running_mean, *running_var;
     double* state;        // (6, C): mean, var, rstd, shift, scale, offset
     i64* step_kept;
-    void* partial;        // (blocks, 2, slots)
+    // between kernels
+    void* partial;        // (blocks, 2, slots): the blocks' sums
+    void* shift;          // (C,): what x was shifted by in the sums of a forward
+    double* slopes;       // (2, C): K0, K1
     // inputs
     const void *x, *dy, *residual, *weight, *bias, *prior_mean, *prior_var;
     const i64* step;      // absent where keys are final
@@ -30,16 +36,22 @@ struct Call {
     double total_scale;   // of the sums: makes the weights sum to 1, or estimates the sums over all places
     i64 skip_nonfinite;
     i64 elements;         // bits of what is in x's own type and not in the arithmetic's: see Own
-    i64 from_places, from_blocks;  // who left the sums that are read
+    i64 from_places, from_blocks;  // which pass left the sums, and how many blocks of it
     i64 onto;             // repair what an overlapping part has repaired
+    i64 writes;           // whether the pass that sums writes dx and dresidual
     // the pass over everything: rows of `row` elements, each of `fold` samples (places, in channels-last),
-    // in columns of `vector`; a tile is `span` columns, taken `tile` at a time; a block leaves `slots` sums
-    i64 N, C, S, rows, row, vector, fold, columns, tiles, span, tile, passes, blocks, slots;
-    // the pass over places: `place_tiles` tiles of `place_tile` columns
-    i64 place_tile, place_tiles, place_blocks;
+    // in columns of `vector`; a block takes a tile of `tile` columns, `share` times UNROLL rows; one that sums takes
+    // `summing` times as many, and leaves `slots` sums
+    i64 N, C, S, rows, row, vector, fold, columns, tile, share, summing, slots;
+    i64 place_tile;  // columns of a tile in the pass over places
     i64 parts;
     Part part[PARTS];
 };
+
+// 32-bit division is several times as fast, and most operands fit.
+__device__ inline i64 divide(i64 a, i64 b) {
+    return ((u64)a | (u64)b) >> 32 ? a / b : (i64)((u32)a / (u32)b);
+}
 
 __device__ inline u64 mix(u64 z) {
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
@@ -51,13 +63,15 @@ __device__ inline u64 absorb(u64 key, u64 word) { return mix((key ^ word) + 0x9E
 
 __device__ inline i64 bounded(u64 word, i64 size) { return (i64)(((word >> 32) * (u64)size) >> 32); }
 
-__device__ inline i64 permute(u64 key, u64 value, u64 size) {
+// Rare and long: out of line, it keeps the kernels' code short.
+__device__ NOINLINE i64 permute(u64 key, u64 value, u64 size) {
     int bits = 0;
     while (bits < 64 && ((size - 1) >> bits)) ++bits;
     const int low = bits / 2;
     const u64 low_mask = (1ull << low) - 1, high_mask = (1ull << (bits - low)) - 1;
     do {
         u64 a = value >> low, b = value & low_mask;
+        #pragma unroll 1
         for (int r = 0; r < ROUNDS; ++r) {
             const u64 k = absorb(key, r);
             if (r % 2 == 0) b ^= (absorb(k, a) >> 32) & low_mask;
@@ -76,50 +90,43 @@ __device__ inline i64 range_of(const Call& call, const Part& part) {
     return part.kind == SCATTERED ? part.rows * call.S : part.rows;
 }
 
-// Where the j-th group begins: n * S + s.
-__device__ inline i64 origin(const Call& call, const Part& part, u64 key, i64 j) {
+// A piece of a run: `count` positions of sample n from s on, wrapping round the map.
+struct Piece { i64 n; int s, count; };
+
+__device__ inline Piece piece_of(const Call& call, const Part& part, u64 key, u32 index) {
+    u32 run = index, group = index;
+    int left = (int)part.length;
+    Piece piece = {0, 0, 0};
+    if (part.pieces > 1) {
+        group = run = index / (u32)part.pieces;
+        piece.s = (int)(index - run * (u32)part.pieces) * (int)part.piece;
+    }
+    const int behind = piece.s;
+    if (part.runs > 1) {
+        group = run / (u32)part.runs;
+        const int number = (int)(run - group * (u32)part.runs);
+        piece.s += number * (int)part.stride;
+        const int rest = (int)part.positions - number * (int)part.length;
+        left = rest < left ? rest : left;
+    }
+    left -= behind;
+    piece.count = left < (int)part.piece ? left : (int)part.piece;
     if (part.kind == MAP) {
-        const i64 n = part.first + j;
-        return n * call.S + part.align * bounded(absorb(key, part.common ? 0 : n), call.S / part.align);
+        piece.n = part.first + group;
+        const i64 start = part.align * bounded(absorb(key, part.common ? 0 : piece.n), part.starts);
+        piece.s += (int)start;
+    } else if (part.kind == STRIDED) {
+        piece.n = bounded(absorb(key, 0), part.rows) + part.stride * group;
+        piece.n = part.first + piece.n - divide(piece.n, part.rows) * part.rows;
+    } else {
+        const i64 drawn = part.table ? (i64)load(part.table + group) : permute(key, group, range_of(call, part));
+        const i64 sample = part.kind == SCATTERED ? divide(drawn, call.S) : drawn;
+        piece.n = part.first + sample;
+        if (part.kind == SCATTERED) piece.s = (int)(drawn - sample * call.S);
     }
-    if (part.kind == STRIDED)
-        return (part.first + (bounded(absorb(key, 0), part.rows) + part.stride * j) % part.rows) * call.S;
-    const i64 drawn = part.table ? (i64)load(part.table + j) : permute(key, j, range_of(call, part));
-    return part.kind == SCATTERED ? part.first * call.S + drawn : (part.first + drawn) * call.S;
+    if (piece.s >= (int)call.S) piece.s -= (int)call.S;
+    return piece;
 }
-
-// Walks the places (n, s) of a part from one to the next, `step` apart; runs wrap round the map.
-struct Walk {
-    i64 n, s, j, q, group, start, further_j, further_q;
-    u64 key;
-
-    __device__ Walk(const Call& call, const Part& part, i64 from, i64 step) {
-        key = key_of(call, part);
-        j = from / part.positions;
-        q = from - j * part.positions;
-        further_j = step / part.positions;
-        further_q = step - further_j * part.positions;
-        group = -1;
-    }
-    __device__ void find(const Call& call, const Part& part) {
-        if (j != group) {
-            group = j;
-            const i64 begin = origin(call, part, key, j);
-            n = begin / call.S;
-            start = begin - n * call.S;
-        }
-        s = start + (q < part.length ? q : q / part.length * part.stride + q % part.length);
-        if (s >= call.S) s -= call.S;
-    }
-    __device__ void next(const Part& part) {
-        j += further_j;
-        q += further_q;
-        if (q >= part.positions) {
-            q -= part.positions;
-            ++j;
-        }
-    }
-};
 
 // table[rank of hash(i) among all] = i, of the first ranks: `distinct` for few values.
 // Parallel: a thread ranks one value; every block hashes them all (32 KB of shared memory).
@@ -127,6 +134,7 @@ struct Hashes { u64 of[SORTED]; };
 
 __global__ void draw(const __grid_constant__ Call call) {
     SHARED(Hashes, hashes);
+    begin();
     for (int k = 0; k < call.parts; ++k) {
         const Part& part = call.part[k];
         const int size = (int)range_of(call, part);

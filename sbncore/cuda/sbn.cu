@@ -1,278 +1,221 @@
-// Sampled batch normalization: sums, normalize, repair, and a fused forward and backward, over raw memory.
+// Sampled batch normalization over raw memory. A forward is sums, finish_forward, normalize; a backward is sums,
+// finish_backward, repair.
 //
-//   sums_of_places  the sums over the places drawn                    reads the sample
-//   sums            the sums over everything, dx = scale * g          reads x, dy     writes dx    (backward)
-//   normalize       y = act(z)                                        reads x         writes y     (forward)
-//   repair_places   dx at the places drawn                            reads, writes the sample
-//   repair          dx everywhere: full batch normalization           reads x, dy     writes dx
-//   forward         sums_of_places, then normalize, by a cluster of blocks for each group of channels
-//   backward        sums, then repair_places, likewise
+//   sums_of_places   the sums over the places drawn            reads the sample
+//   sums             the sums over everything, dx = scale * g  reads x, dy     writes dx    (backward)
+//   finish_forward   mean, var, rstd, running statistics       a thread for each channel
+//   finish_backward  dweight, dbias, what dx is repaired by    a thread for each channel
+//   normalize        y = act(z)                                reads x         writes y     (forward)
+//   repair_places    dx at the places drawn                    reads, writes the sample
+//   repair           dx everywhere: full batch normalization   reads x, dy     writes dx
 //
-// z = (x - shift) * scale + offset (+ residual), shift being the mean rounded to the arithmetic's type. Sums
+// z = (x - shift) * scale + offset (+ residual), shift being the mean rounded to few bits. Sums
 // are of g and g * (x - shift), in float32 (float64 for float64) within a block, in float64 over blocks;
 // their order is fixed by the launch, and nothing is atomic. The state of a channel is float64.
 //
 // The pass over everything sees rows of columns: channels-first memory as (N, C * S), channels-last as
 // (N * S, C), a column being V elements, one access of 16 bytes. A thread keeps to one column and takes
-// UNROLL rows at a time, so that its coefficients stay in registers and as many loads are in flight: one set
-// where the column lies in one channel (FIRST), two where it may straddle a seam (SEAMED), V in channels-last.
+// UNROLL rows at a time, so that its coefficients stay in registers and several loads are in flight: one set
+// where columns lie in one channel (FIRST), V where they may straddle a seam (SEAMED) and in channels-last.
+// The pass over places takes runs in pieces: `lanes` threads share one, with UNROLL accesses each.
 
-// From the threads' sums to the block's.
+// Adds up the threads' sums of a block: put(which sum, local, total), where local's are those of all rows in the
+// units [range.from, range.to), unit u being the (u % K)-th sum of column u / K. Several threads share a total.
+struct Range { int from, to; };
 
-// Leaves in the first row of threads what its column's threads have summed.
-template <class A>
-__device__ void sum_rows(Shared<A>& shared, const typename A::real first[], const typename A::real second[], int TX) {
-    const int t = threadIdx.x, threads = blockDim.x, ty = t / TX;
+template <class A, class Units, class Put>
+__device__ void block_sums(Shared<A>& shared, const typename A::real first[], const typename A::real second[], int TX,
+                           int count, Units units, Put put) {
+    const int t = threadIdx.x, threads = blockDim.x, rows = threads / TX, pitch = threads + 1;  // no bank conflicts
     for (int k = 0; k < A::K; ++k) {
-        shared.sum[k * threads + t] = first[k];
-        shared.sum[(A::K + k) * threads + t] = second[k];
+        shared.sum[k * pitch + t] = first[k];
+        shared.sum[(A::K + k) * pitch + t] = second[k];
     }
+    int helpers = 1;
+    while (helpers < HELPERS && 2 * helpers * count <= threads) helpers *= 2;
     block_barrier();
-    for (int rows = threads / TX; rows > 1;) {
-        const int half = (rows + 1) / 2;
-        if (ty < rows - half)
-            for (int j = 0; j < 2 * A::K; ++j) shared.sum[j * threads + t] += shared.sum[j * threads + t + half * TX];
-        block_barrier();
-        rows = half;
-    }
-}
-
-// put(which sum, local channel, value) where each column holds K channels of its own.
-template <class A, class Put>
-__device__ void sums_by_column(Shared<A>& shared, const typename A::real first[], const typename A::real second[],
-                               int TX, Put put) {
-    sum_rows(shared, first, second, TX);
-    for (int o = threadIdx.x; o < 2 * A::K * TX; o += blockDim.x)
-        put(o / TX / A::K, (i64)(o % TX) * A::K + o / TX % A::K, shared.sum[o / TX * blockDim.x + o % TX]);
-}
-
-// The same in channels-first memory, where several columns share a channel.
-template <class A, class Put>
-__device__ void sums_by_channel(Shared<A>& shared, const Call& call, const typename A::real first[],
-                                const typename A::real second[], Channels channels, Put put) {
-    typedef typename A::real real;
-    const int t = threadIdx.x, threads = blockDim.x, TX = (int)call.tile;
-    const int helpers = threads < HELPERS ? 1 : HELPERS, groups = threads / helpers, helper = t % helpers;
-    sum_rows(shared, first, second, TX);
-    for (i64 base = 0; base < channels.count; base += groups) {
-        const i64 local = base + t / helpers;
-        const bool mine = t / helpers < groups && local < channels.count;
-        double total[2] = {0, 0};
+    for (int base = 0; base < count; base += threads / helpers) {
+        const int group = t / helpers, helper = t - group * helpers, local = base + group;
+        const bool mine = group < threads / helpers && local < count;
+        typename A::real total[2] = {0, 0};
         if (mine) {
-            i64 from = (channels.first + local) * call.S - channels.element;
-            i64 to = (from + call.S - 1) / A::V;
-            from = from < 0 ? 0 : from / A::V;
-            if (to >= TX) to = TX - 1;
-            for (i64 column = from + helper; column <= to; column += helpers) {
-                const bool behind_seam = channel_at<A>(call, channels.element + column * A::V) != channels.first + local;
+            const Range range = units(local);
+            const int width = range.to - range.from;
+            #pragma unroll 1
+            for (int e = helper; e < width * rows; e += helpers) {
+                const int row = e / width, unit = range.from + e - row * width, column = unit / A::K;
                 for (int w = 0; w < 2; ++w)
-                    total[w] += (double)shared.sum[(w * A::K + (behind_seam ? A::K - 1 : 0)) * threads + column];
+                    total[w] += shared.sum[(w * A::K + unit - column * A::K) * pitch + row * TX + column];
             }
         }
-        shared.help[0][t] = total[0];
-        shared.help[1][t] = total[1];
+        for (int w = 0; w < 2; ++w) shared.help[w][t] = total[w];
         block_barrier();
         if (mine && helper == 0)
             for (int w = 0; w < 2; ++w) {
+                #pragma unroll 4
                 for (int k = 1; k < helpers; ++k) total[w] += shared.help[w][t + k];
-                put(w, local, (real)total[w]);
+                put(w, local, total[w]);
             }
         block_barrier();
     }
 }
 
-// Parallel: a block is a tile of columns times a share of the rows; see sbncore.cuda.geometry.
-__device__ inline Share share_of(i64 tiles, i64 blocks) { return {blockIdx.x % tiles, blockIdx.x / tiles, blocks}; }
-
-// A tile's columns owned by this block, of which it alone writes the state and the gradients.
-template <class A> __device__ bool owns(const Call& call, Share share, Channels channels, i64 channel) {
-    const bool begins_here = A::LAYOUT == LAST || channel * call.S >= channels.element;
-    return share.block == 0 && channel < call.C && begins_here;
-}
-
-template <class A, class Prepare>
-__device__ void prepare_tile(Shared<A>& shared, const Call& call, Share share, bool totals, Prepare prepare) {
-    const Channels channels = channels_of<A>(call, share.tile);
-    each_channel(
-        shared, channels.count,
-        [&](i64 local, int helper, int helpers, double total[2]) {
-            if (totals) gather<A>(call, (channels.first + local) % call.C, helper, helpers, total);
-        },
-        [&](i64 local, double total[2]) {
-            const i64 channel = channels.first + local;
-            prepare(local, channel % call.C, owns<A>(call, share, channels, channel), total);
-        });
-}
-
-__device__ inline void keep_step(const Call& call) {
-    if (call.step && call.step_kept && blockIdx.x == 0 && threadIdx.x == 0) store(call.step_kept, load(call.step));
-}
-
-template <class T, int V, Layout L, Mode M, bool SUM> __global__ void __launch_bounds__(THREADS, 2) sums(const __grid_constant__ Call call) {
+// Parallel: a block is a tile of columns (blockIdx.x) times a share of the rows (y); see sbncore.cuda.geometry.
+template <class T, int V, Layout L, Mode M, bool SUM> __global__ void __launch_bounds__(THREADS, L == FIRST ? SUMS_BLOCKS - (M == MASKED) : SUMS_BLOCKS / 2) sums(const __grid_constant__ Call call) {
     typedef Access<T, V, L> A;
     typedef typename A::real real;
     SHARED(Shared<A>, shared);
-    const Share share = share_of(call.tiles, call.blocks);
-    prepare_tile(shared, call, share, false, [&](i64 local, i64 c, bool, double*) {
-        if (M == MOMENTS) shared.table[SHIFT][local] = shift_of<A>(call, c);
-        else set_table(shared, call, local, c);
-    });
-    real first[A::K] = {}, second[A::K] = {};
-    sweep<A, M, SUM, false>(shared, call, share, first, second);
-    if (!SUM) return;
+    begin();
+    const Share share = share_of_block();
     const Channels channels = channels_of<A>(call, share.tile);
-    const auto put = [&](int w, i64 local, real value) {
-        const i64 slot = channels.first + local + (L == LAST ? 0 : share.tile);
-        if (local < channels.count) store((real*)call.partial + (share.block * 2 + w) * call.slots + slot, value);
+    const auto channel = [&](int local) { return channel_of(call, channels, local); };
+    if (M == MOMENTS) {
+        set_shifts(shared, call, channels.count, channel, [&](int local) {
+            const bool begins_here = L == LAST || (channels.first + local) * call.S >= channels.element;
+            return share.block == 0 && channels.first + local < call.C && begins_here;
+        });
+    } else {
+        load_table(shared, call, channels.count, false, channel);
+    }
+    real first[A::K] = {}, second[A::K] = {};
+    sweep<A, M, SUM, false>(shared, call, share, channels, first, second);
+    if (!SUM) return;
+    enum { ELEMENTS = V / A::K };  // of a column that share a sum
+    const auto units = [&](int local) {
+        if (L == LAST) return Range{local, local + 1};
+        const i64 from = (channels.first + local) * call.S - channels.element, to = from + call.S;
+        const i64 most = call.tile * V;
+        return Range{from < 0 ? 0 : (int)from / ELEMENTS, (int)(to < most ? to : most) / ELEMENTS};
     };
-    if (L == LAST) sums_by_column(shared, first, second, (int)call.tile, put);
-    else sums_by_channel(shared, call, first, second, channels, put);
+    block_sums(shared, first, second, (int)call.tile, (int)channels.count, units, [&](int w, int local, real total) {
+        const i64 slot = channels.first + local + (L == LAST ? 0 : share.tile);
+        store((real*)call.partial + (share.block * 2 + w) * call.slots + slot, total);
+    });
 }
 
 template <class T, int V, Layout L, bool ACTIVATE, bool RESIDUAL>
-__global__ void __launch_bounds__(THREADS, 2) normalize(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(THREADS, NORMALIZE_BLOCKS - RESIDUAL) normalize(const __grid_constant__ Call call) {
     typedef Access<T, V, L> A;
     SHARED(Shared<A>, shared);
-    const Share share = share_of(call.tiles, call.blocks);
-    keep_step(call);
-    prepare_tile(shared, call, share, call.prior < 1, [&](i64 local, i64 c, bool owner, double total[2]) {
-        finish_forward(shared, call, local, c, owner, total);
-    });
-    normalize_everywhere<A, ACTIVATE, RESIDUAL>(shared, call, share);
+    begin();
+    const Share share = share_of_block();
+    const Channels channels = channels_of<A>(call, share.tile);
+    load_table(shared, call, channels.count, false, [&](int local) { return channel_of(call, channels, local); });
+    normalize_everywhere<A, ACTIVATE, RESIDUAL>(shared, call, share, channels);
 }
 
 template <class T, int V, Layout L, Mode M> __global__ void __launch_bounds__(THREADS, 2) repair(const __grid_constant__ Call call) {
     typedef Access<T, V, L> A;
     SHARED(Shared<A>, shared);
-    const Share share = share_of(call.tiles, call.blocks);
-    prepare_tile(shared, call, share, true, [&](i64 local, i64 c, bool owner, double total[2]) {
-        finish_backward(shared, call, local, c, owner, total);
-    });
-    sweep<A, M, false, true>(shared, call, share, 0, 0);
+    begin();
+    const Share share = share_of_block();
+    const Channels channels = channels_of<A>(call, share.tile);
+    load_table(shared, call, channels.count, true, [&](int local) { return channel_of(call, channels, local); });
+    sweep<A, M, false, true>(shared, call, share, channels, 0, 0);
 }
 
-// The channels of a tile of the pass over places, and prepare(local, channel, owner, totals) for each.
-template <class A, class Prepare>
-__device__ void prepare_places(Shared<A>& shared, const Call& call, Share share, bool totals, Prepare prepare) {
-    const i64 begin = share.tile * call.place_tile * A::V, left = call.C - begin;
-    each_channel(
-        shared, left < call.place_tile * A::V ? left : call.place_tile * A::V,
-        [&](i64 local, int helper, int helpers, double total[2]) {
-            if (totals) gather<A>(call, begin + local, helper, helpers, total);
-        },
-        [&](i64 local, double total[2]) { prepare(local, begin + local, share.block == 0, total); });
-}
+// The columns of a tile of the pass over places: channels, or V of them in channels-last memory.
+template <class A> struct Columns {
+    i64 begin, count, column;  // its first channel, its channels, this thread's column
+    int TX, TY, tx, ty;
+    bool mine;
 
-template <class T, int V, Layout L, Mode M> __global__ void __launch_bounds__(THREADS, 1) sums_of_places(const __grid_constant__ Call call) {
+    __device__ Columns(const Call& call, Share share) {
+        TX = (int)call.place_tile;
+        TY = blockDim.x / TX;
+        ty = threadIdx.x / TX;
+        tx = threadIdx.x - ty * TX;
+        begin = share.tile * TX * A::K;
+        count = call.C - begin < TX * A::K ? call.C - begin : TX * A::K;
+        column = share.tile * TX + tx;
+        mine = column * A::K < call.C;
+    }
+};
+
+template <class T, int V, Layout L, Mode M> __global__ void __launch_bounds__(THREADS, 2) sums_of_places(const __grid_constant__ Call call) {
     typedef Access<T, V, L> A;
     typedef typename A::real real;
     SHARED(Shared<A>, shared);
-    const Share share = share_of(call.place_tiles, call.place_blocks);
-    prepare_places(shared, call, share, false, [&](i64 local, i64 c, bool, double*) {
-        if (M == MOMENTS) shared.table[SHIFT][local] = shift_of<A>(call, c);
-        else set_table(shared, call, local, c);
-    });
-    const int TX = (int)call.place_tile, tx = threadIdx.x % TX;
-    const i64 column = share.tile * TX + tx;
-    real first[A::K] = {}, second[A::K] = {};
-    if (column * V < call.C) {
-        Lane<A> lane;
-        lane.take(shared, tx * V, V, M == MOMENTS ? 1 : 3);
-        sum_places<A, M>(lane, call, share, column, threadIdx.x / TX, blockDim.x / TX, first, second);
-    }
-    sums_by_column(shared, first, second, TX, [&](int w, i64 local, real value) {
-        const i64 c = share.tile * TX * V + local;
-        if (c < call.C) store((real*)call.partial + (share.block * 2 + w) * call.C + c, value);
-    });
-}
-
-template <class T, int V, Layout L, Mode M> __global__ void __launch_bounds__(THREADS, 1) repair_places(const __grid_constant__ Call call) {
-    typedef Access<T, V, L> A;
-    SHARED(Shared<A>, shared);
-    const Share share = share_of(call.place_tiles, call.place_blocks);
-    prepare_places(shared, call, share, true, [&](i64 local, i64 c, bool owner, double total[2]) {
-        finish_backward(shared, call, local, c, owner, total);
-    });
-    const int TX = (int)call.place_tile, tx = threadIdx.x % TX;
-    const i64 column = share.tile * TX + tx;
-    if (column * V >= call.C) return;
+    begin();
+    const Share share = share_of_block();
+    const Columns<A> columns(call, share);
+    const auto channel = [&](int local) { return columns.begin + local; };
+    if (M == MOMENTS) set_shifts(shared, call, columns.count, channel, [&](int) { return share.block == 0; });
+    else load_table(shared, call, columns.count, false, channel);
     Lane<A> lane;
-    lane.take(shared, tx * V, V, COEFFICIENTS);
-    repair_at_places<A, M>(lane, call, share, column, threadIdx.x / TX, blockDim.x / TX);
-}
-
-// A cluster's share: its blocks take the rows, and the places, of one group of channels.
-__device__ inline Share share_of_cluster() { return {blockIdx.x / BLOCKS, blockIdx.x % BLOCKS, BLOCKS}; }
-
-// Every block adds up the sums of its cluster's blocks, then prepares all channels of the group.
-template <class A, class Prepare>
-__device__ void prepare_cluster(Shared<A>& shared, const Call& call, Share share, Prepare prepare) {
-    const Channels channels = channels_of<A>(call, share.tile);
-    cluster_barrier();
-    each_channel(
-        shared, channels.count,
-        [&](i64 local, int helper, int helpers, double total[2]) {
-            for (int rank = helper; rank < BLOCKS; rank += helpers)
-                for (int w = 0; w < 2; ++w) total[w] += (double)of_rank(&shared.exchange[w][local], rank);
-        },
-        [&](i64 local, double total[2]) { prepare(local, channels.first + local, share.block == 0, total); });
-    cluster_barrier();  // no block leaves, or writes its sums anew, while another reads them
-}
-
-template <class T, int V, Layout L, bool ACTIVATE, bool RESIDUAL>
-__global__ void CLUSTER(BLOCKS) __launch_bounds__(THREADS, 2) forward(const __grid_constant__ Call call) {
-    typedef Access<T, V, L> A;
-    typedef Access<T, 1, FIRST> Single;
-    typedef typename A::real real;
-    SHARED(Shared<A>, shared);
-    const Share share = share_of_cluster();
-    const Channels channels = channels_of<A>(call, share.tile);
-    keep_step(call);
-    each_channel(shared, channels.count, [](i64, int, int, double*) {}, [&](i64 local, double*) {
-        shared.table[SHIFT][local] = shift_of<A>(call, channels.first + local);
-    });
-    real first[A::K] = {}, second[A::K] = {};
-    const auto put = [&](int w, i64 local, real value) { shared.exchange[w][local] = value; };
-    if (call.parts) {
-        const int TX = (int)channels.count, tx = threadIdx.x % TX, TY = blockDim.x / TX, ty = threadIdx.x / TX;
-        Lane<Single> lane;
-        lane.value[SHIFT][0] = shared.table[SHIFT][tx];
-        if (ty < TY) sum_places<Single, MOMENTS>(lane, call, share, channels.first + tx, ty, TY, first, second);
-        sum_rows(shared, first, second, TX);
-        for (int o = threadIdx.x; o < 2 * TX; o += blockDim.x)
-            put(o / TX, o % TX, shared.sum[o / TX * A::K * blockDim.x + o % TX]);
-    } else {
-        sweep<A, MOMENTS, true, false>(shared, call, share, first, second);
-        sums_by_channel(shared, call, first, second, channels, put);
+    if (columns.mine) lane.take(shared, columns.tx * A::K, 0, M == MOMENTS ? 1 : 3);
+    for (int k = 0; k < call.parts; ++k) {
+        const Part& part = call.part[k];
+        real first[A::K] = {}, second[A::K] = {};
+        if (columns.mine) sum_places<A, M>(lane, call, part, share, columns.column, columns.ty, columns.TY, first, second);
+        const auto units = [](int local) { return Range{local, local + 1}; };
+        block_sums(shared, first, second, columns.TX, (int)columns.count, units, [&](int w, int local, real total) {
+            real* const slot = (real*)call.partial + (share.block * 2 + w) * call.C + columns.begin + local;
+            const double before = k ? (double)load(slot) : 0;
+            store(slot, (real)(before + part.weight * total));  // a weight rounded to float would move the mean
+        });
     }
-    prepare_cluster(shared, call, share, [&](i64 local, i64 c, bool owner, double total[2]) {
-        finish_forward(shared, call, local, c, owner, total);
-    });
-    normalize_everywhere<A, ACTIVATE, RESIDUAL>(shared, call, share);
 }
 
-template <class T, int V, Layout L, Mode M>
-__global__ void CLUSTER(BLOCKS) __launch_bounds__(THREADS, 2) backward(const __grid_constant__ Call call) {
+template <class T, int V, Layout L, Mode M> __global__ void __launch_bounds__(THREADS, 2) repair_places(const __grid_constant__ Call call) {
     typedef Access<T, V, L> A;
-    typedef Access<T, 1, FIRST> Single;
-    typedef typename A::real real;
     SHARED(Shared<A>, shared);
-    const Share share = share_of_cluster();
-    const Channels channels = channels_of<A>(call, share.tile);
-    each_channel(shared, channels.count, [](i64, int, int, double*) {}, [&](i64 local, double*) {
-        set_table(shared, call, local, channels.first + local);
+    begin();
+    const Share share = share_of_block();
+    const Columns<A> columns(call, share);
+    load_table(shared, call, columns.count, true, [&](int local) { return columns.begin + local; });
+    if (!columns.mine) return;
+    Lane<A> lane;
+    lane.take(shared, columns.tx * A::K, 0, COEFFICIENTS);
+    for (int k = 0; k < call.parts; ++k)
+        repair_at_places<A, M>(lane, call, call.part[k], share, columns.column, columns.ty, columns.TY);
+}
+
+// Parallel: a block finishes FINISHED channels, 32 threads adding up the sums of each.
+template <class T, Layout L> __global__ void __launch_bounds__(THREADS) finish_forward(const __grid_constant__ Call call) {
+    typedef Access<T, 1, L> A;
+    typedef typename A::real real;
+    begin();
+    if (call.step && call.step_kept && blockIdx.x == 0 && threadIdx.x == 0) store(call.step_kept, load(call.step));
+    finish_channels<A>(call, call.prior < 1, [&](i64 c, const double total[2]) {
+        const double given_mean = parameter<T>(call, call.prior_mean, PRIOR_MEAN, c, 0);
+        const double given_var = parameter<T>(call, call.prior_var, PRIOR_VAR, c, 0);
+        double mean = given_mean, var = given_var;
+        if (call.prior < 1) {
+            mean = (double)load((const real*)call.shift + c) + total[0];
+            var = total[1] - total[0] * total[0];
+            var = var < 0 ? 0 : var;
+            if (call.prior > 0) {
+                const double own = 1 - call.prior, mixed = own * mean + call.prior * given_mean;
+                var = own * (var + (mean - mixed) * (mean - mixed)) +
+                      call.prior * (given_var + (given_mean - mixed) * (given_mean - mixed));
+                mean = mixed;
+            }
+        }
+        const double rstd = 1 / sqrt(var + call.eps), scale = parameter<T>(call, call.weight, WEIGHT, c, 1) * rstd;
+        const double shift = (double)(real)few_bits(mean, sqrt(var));
+        const double offset = (shift - mean) * scale + parameter<T>(call, call.bias, BIAS, c, 0);
+        const double state[] = {mean, var, rstd, shift, scale, offset};
+        for (int k = 0; k < 6; ++k) store(call.state + k * call.C + c, state[k]);
+        const bool finite = mean - mean == 0 && var - var == 0;
+        if (call.running_mean && (finite || !call.skip_nonfinite)) {
+            const double m = parameter<T>(call, call.running_mean, RUNNING_MEAN, c, 0);
+            const double v = parameter<T>(call, call.running_var, RUNNING_VAR, c, 0);
+            set_parameter<T>(call, call.running_mean, RUNNING_MEAN, c, m + call.momentum * (mean - m));
+            set_parameter<T>(call, call.running_var, RUNNING_VAR, c, v + call.momentum * (var * call.unbiased - v));
+        }
     });
-    real first[A::K] = {}, second[A::K] = {};
-    sweep<A, M, true, false>(shared, call, share, first, second);
-    sums_by_channel(shared, call, first, second, channels, [&](int w, i64 local, real value) {
-        shared.exchange[w][local] = value;
+}
+
+template <class T, Layout L> __global__ void __launch_bounds__(THREADS) finish_backward(const __grid_constant__ Call call) {
+    begin();
+    finish_channels<Access<T, 1, L>>(call, true, [&](i64 c, const double total[2]) {
+        const double rounding = load(call.state + MEAN * call.C + c) - load(call.state + STATE_SHIFT * call.C + c);
+        const double rstd = load(call.state + RSTD * call.C + c), scale = load(call.state + STATE_SCALE * call.C + c);
+        const double dbias = total[0], dweight = (total[1] - rounding * dbias) * rstd, k1 = scale * rstd * dweight;
+        store(call.slopes + c, scale * dbias - k1 * rounding);
+        store(call.slopes + call.C + c, k1);
+        if (call.dweight) set_parameter<T>(call, call.dweight, WEIGHT, c, dweight);
+        if (call.dbias) set_parameter<T>(call, call.dbias, BIAS, c, dbias);
     });
-    prepare_cluster(shared, call, share, [&](i64 local, i64 c, bool owner, double total[2]) {
-        finish_backward(shared, call, local, c, owner, total);
-    });
-    const int TX = (int)channels.count, tx = threadIdx.x % TX, TY = blockDim.x / TX, ty = threadIdx.x / TX;
-    if (ty >= TY) return;
-    Lane<Single> lane;
-    for (int k = 0; k < COEFFICIENTS; ++k) lane.value[k][0] = shared.table[k][tx];
-    repair_at_places<Single, M>(lane, call, share, channels.first + tx, ty, TY);
 }

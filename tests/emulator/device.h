@@ -1,8 +1,7 @@
-// Stands in for sbncore/cuda/device.cu: a GPU's blocks and clusters on the CPU, every thread a fiber.
+// Stands in for sbncore/cuda/device.cu: a GPU's blocks on the CPU, every thread a fiber.
 //
-// A launch runs the grid's clusters (or single blocks) one after the other in an order shuffled by a seed. The
-// fibers of a cluster run from barrier to barrier, in an order shuffled anew each time: what a missing barrier
-// would let happen, happens. Shared memory begins as NaN and is NaN again when its block has left. Every access
+// A launch runs the grid's blocks one after the other in an order shuffled by a seed. The fibers of a block run
+// from barrier to barrier, in an order shuffled anew each time: what a missing barrier would let happen, happens. Shared memory begins as NaN and is NaN again when its block has left. Every access
 // to global memory is held against the arrays the host has named: bounds, alignment, and whether what is read
 // was ever written; its bytes are counted.
 #include <algorithm>
@@ -22,12 +21,12 @@ typedef unsigned int u32;
 typedef unsigned char u8;
 
 #define __device__
+#define NOINLINE inline
 #define __global__ static
 #define __launch_bounds__(...)
 #define __grid_constant__
-#define CLUSTER(blocks)
 
-struct Index { unsigned x; };
+struct Index { unsigned x, y; };
 static Index threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
@@ -39,12 +38,12 @@ struct Array {
 };
 
 enum { SHARED_BYTES = 49152, STACK = 65536 };
-enum Wait { RUNNING, AT_BLOCK, AT_CLUSTER, LEFT };
+enum Wait { RUNNING, AT_BARRIER, LEFT };
 
 struct Fiber {
     void* stack_pointer;
     Wait wait;
-    unsigned thread, block;
+    unsigned thread;
 };
 
 static std::vector<Array> arrays;
@@ -52,11 +51,9 @@ static std::string complaint;
 static i64 loaded, stored, wide, narrow_;  // bytes; accesses of 16 bytes and of fewer
 static std::vector<Fiber> fibers;
 static std::vector<char> shared;
-static std::vector<bool> left;  // blocks of the cluster
 static char* stacks;
 static size_t stacks_size;
 static Fiber* current;
-static unsigned first_block;
 static void* scheduler;
 static void (*entry)(void*);
 static void* argument;
@@ -64,7 +61,7 @@ static void* argument;
 static void complain(const char* what, const void* where, int bytes) {
     if (!complaint.empty()) return;
     char text[300];
-    snprintf(text, sizeof text, "%s: %d bytes at %p, thread %u of block %u", what, bytes, where, threadIdx.x, blockIdx.x);
+    snprintf(text, sizeof text, "%s: %d bytes at %p, thread %u of block %u, %u", what, bytes, where, threadIdx.x, blockIdx.x, blockIdx.y);
     complaint = text;
 }
 
@@ -134,70 +131,39 @@ static void make(Fiber& fiber, char* stack) {
     fiber.wait = RUNNING;
 }
 
-static void run_cluster(unsigned blocks, unsigned threads, std::mt19937_64& random) {
-    const unsigned count = blocks * threads;
-    fibers.resize(count);
-    shared.assign((size_t)blocks * SHARED_BYTES, (char)0xff);
-    left.assign(blocks, false);
-    if (stacks_size < (size_t)count * STACK) {
+static void run_block(unsigned threads, std::mt19937_64& random) {
+    fibers.resize(threads);
+    shared.assign(SHARED_BYTES, (char)0xff);
+    if (stacks_size < (size_t)threads * STACK) {
         if (stacks) munmap(stacks, stacks_size);
-        stacks_size = (size_t)count * STACK;
+        stacks_size = (size_t)threads * STACK;
         stacks = (char*)mmap(nullptr, stacks_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (stacks == MAP_FAILED) { fprintf(stderr, "emulator: no memory for %u fibers\n", count); abort(); }
+        if (stacks == MAP_FAILED) { fprintf(stderr, "emulator: no memory for %u fibers\n", threads); abort(); }
     }
-    std::vector<unsigned> order(count), blocks_order(blocks);
-    for (unsigned f = 0; f < count; ++f) {
-        fibers[f].thread = f % threads;
-        fibers[f].block = f / threads;
+    std::vector<unsigned> order(threads);
+    for (unsigned f = 0; f < threads; ++f) {
+        fibers[f].thread = f;
         make(fibers[f], stacks + (size_t)f * STACK);
         order[f] = f;
     }
-    for (unsigned b = 0; b < blocks; ++b) blocks_order[b] = b;
-    for (unsigned living = count; living;) {
+    for (unsigned living = threads; living;) {
         std::shuffle(order.begin(), order.end(), random);
-        if (random() % 2) {  // whole blocks run ahead of the others
-            std::shuffle(blocks_order.begin(), blocks_order.end(), random);
-            std::stable_sort(order.begin(), order.end(), [&](unsigned a, unsigned b) {
-                return blocks_order[fibers[a].block] < blocks_order[fibers[b].block];
-            });
-        }
         bool moved = false;
-        unsigned before = blocks;
         for (unsigned f : order) {
             Fiber& fiber = fibers[f];
             if (fiber.wait != RUNNING) continue;
-            if (before < blocks && fiber.block != before && random() % 4 == 0) break;  // look at the barriers
-            before = fiber.block;
             moved = true;
             current = &fiber;
             threadIdx.x = fiber.thread;
-            blockIdx.x = first_block + fiber.block;
             switch_fiber(&scheduler, fiber.stack_pointer);
             if (fiber.wait == LEFT) --living;
         }
-        unsigned in_cluster = 0;
-        for (unsigned b = 0; b < blocks; ++b) {
-            unsigned at_block = 0, alive = 0;
-            for (unsigned t = 0; t < threads; ++t) {
-                const Wait wait = fibers[b * threads + t].wait;
-                at_block += wait == AT_BLOCK;
-                in_cluster += wait == AT_CLUSTER;
-                alive += wait != LEFT;
-            }
-            if (alive && at_block == alive) {
-                moved = true;
-                for (unsigned t = 0; t < threads; ++t)
-                    if (fibers[b * threads + t].wait == AT_BLOCK) fibers[b * threads + t].wait = RUNNING;
-            }
-            if (!alive && !left[b]) {
-                left[b] = true;
-                memset(&shared[(size_t)b * SHARED_BYTES], 0xff, SHARED_BYTES);
-            }
-        }
-        if (living && in_cluster == living) {
+        unsigned waiting = 0;
+        for (const Fiber& fiber : fibers) waiting += fiber.wait == AT_BARRIER;
+        if (living && waiting == living) {
             moved = true;
             for (Fiber& fiber : fibers)
-                if (fiber.wait == AT_CLUSTER) fiber.wait = RUNNING;
+                if (fiber.wait == AT_BARRIER) fiber.wait = RUNNING;
         }
         if (living && !moved) {
             complain("threads wait at different barriers", nullptr, 0);
@@ -249,14 +215,9 @@ template <class T> void store(T* to, T value) { store<T, 1>(to, 0, Pack<T, 1>{{v
 
 template <class T> T& shared_memory() {
     static_assert(sizeof(T) <= emulator::SHARED_BYTES, "more shared memory than a block has");
-    return *(T*)&emulator::shared[(size_t)emulator::current->block * emulator::SHARED_BYTES];
+    return *(T*)&emulator::shared[0];
 }
+inline void begin() {}
 #define SHARED(type, name) auto& name = shared_memory<type>()
 
-inline void block_barrier() { emulator::yield(emulator::AT_BLOCK); }
-inline void cluster_barrier() { emulator::yield(emulator::AT_CLUSTER); }
-template <class T> T of_rank(const T* mine, int rank) {
-    const size_t offset = (const char*)mine - &emulator::shared[(size_t)emulator::current->block * emulator::SHARED_BYTES];
-    if (emulator::left[rank]) emulator::complain("read of a block's memory that has left", mine, sizeof(T));
-    return *(const T*)&emulator::shared[(size_t)rank * emulator::SHARED_BYTES + offset];
-}
+inline void block_barrier() { emulator::yield(emulator::AT_BARRIER); }

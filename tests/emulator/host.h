@@ -3,7 +3,6 @@
 struct Instance {
     const char* name;
     void (*run)(void*);
-    bool cluster;
 };
 static const Instance instances[] = {
 #include "instances.inc"
@@ -24,25 +23,25 @@ extern "C" void traffic(i64* counts) {
 }
 
 // Returns what was wrong, or an empty string.
-extern "C" const char* launch(const char* name, unsigned grid, unsigned threads, void* call, u64 seed) {
+extern "C" const char* launch(const char* name, unsigned tiles, unsigned blocks, unsigned threads, void* call, u64 seed) {
     emulator::complaint.clear();
     const Instance* instance = nullptr;
     for (const Instance& each : instances)
         if (!strcmp(each.name, name)) instance = &each;
     if (!instance) return "no such kernel was compiled";
-    const unsigned blocks = instance->cluster ? BLOCKS : 1;
-    if (!threads || !grid || threads > THREADS || grid % blocks) return "a launch of a wrong size";
+    const unsigned grid = tiles * blocks;
+    if (!threads || !grid || threads > THREADS || blocks > 65535) return "a launch of a wrong size";
     blockDim.x = threads;
-    gridDim.x = grid;
+    gridDim = {tiles, blocks};
     emulator::entry = instance->run;
     emulator::argument = call;
     std::mt19937_64 random(seed);
-    std::vector<unsigned> order(grid / blocks);
-    for (unsigned k = 0; k < order.size(); ++k) order[k] = k * blocks;
+    std::vector<unsigned> order(grid);
+    for (unsigned k = 0; k < grid; ++k) order[k] = k;
     std::shuffle(order.begin(), order.end(), random);
-    for (unsigned first : order) {
-        emulator::first_block = first;
-        emulator::run_cluster(blocks, threads, random);
+    for (unsigned block : order) {
+        blockIdx = {block % tiles, block / tiles};
+        emulator::run_block(threads, random);
         if (!emulator::complaint.empty()) break;
     }
     return emulator::complaint.c_str();
