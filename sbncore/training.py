@@ -71,7 +71,7 @@ def batch_norm(
     prior, stored = None, []
     if running_mean is not None:
         for value, name in ((running_mean, "running_mean"), (running_var, "running_var")):
-            stored.append(checks.running(value, name, layout.C, view, training))
+            stored.append(checks.channels(value, name, layout.C, view, written=bool(training)))
         prior = Statistics(running_mean, running_var)
     if training:
         plan = sampler.plan(view.shape, seed=seed, layer=layer, step=step, channel_axis=channel_axis)

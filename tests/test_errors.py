@@ -149,7 +149,7 @@ BATCH_NORM = [
      {"running_var": np.zeros((1, 3), F32)}),
     (TypeError, "running_var: expected dtype float32 beside float32, got float64",
      {"running_var": np.zeros(3)}),
-    (ValueError, "running_var: expected a writeable array to update, got a read-only one",
+    (ValueError, "running_var: expected a writeable array, got a read-only one",
      {"running_var": read_only(ONE)}),
     (TypeError, "sampler: expected a Sampler, got float", {"sampler": 0.5}),
     (ValueError, "momentum: expected a number in [0, 1], got 1.5", {"momentum": 1.5}),
