@@ -101,7 +101,8 @@ def test_arrays_that_cannot_be_cut(independent, kind):
 def test_estimates_have_no_gradient_that_could_get_lost(independent):
     torch = pytest.importorskip("torch")
     x = torch.from_numpy(independent).requires_grad_()
-    assert sbn.fidelity(x, sbn.BatchSampling(2)).error == sbn.fidelity(independent, sbn.BatchSampling(2)).error
+    sampler = sbn.BatchSampling(2)
+    assert sbn.fidelity(x, sampler).error == sbn.fidelity(independent, sampler).error
 
 
 def test_suggest_returns_the_cheapest_that_will_do(correlated):
