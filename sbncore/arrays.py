@@ -56,7 +56,7 @@ def borrow(array: Array, name: str, written: bool = False) -> np.ndarray:
             raise ValueError(f"{name}: expected a writeable array, got a read-only one")
         return _as_storage(np.asarray(array), name)
     array = exportable(array, name, written)
-    bits = "bfloat16" in str(array.dtype)
+    bits = "bfloat16" in str(getattr(array, "dtype", ""))
     try:
         short = SHORT_WAYS.get(type(array))
         view = None if short is None else short.view(array)
@@ -69,7 +69,10 @@ def borrow(array: Array, name: str, written: bool = False) -> np.ndarray:
         if kind == CPU:
             view = from_cpu(array, export)
     except Exception as complaint:  # sparse, deleted, freed, ...: every framework has errors of its own
-        raise TypeError(f"{name}: expected an array that DLPack can export, got: {complaint}") from complaint
+        raise TypeError(
+            f"{name}: expected an array that DLPack can export, got: {complaint}; pass one with its values "
+            f"in memory, such as numpy.asarray({name})"
+        ) from complaint
     if view is None:
         if kind not in CUDA:
             device = getattr(array, "device", "another device")

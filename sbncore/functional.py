@@ -64,13 +64,16 @@ def forward(
         residual: as x, added before the activation, fused.
         gradient: what backward will compute: "exact", "sampled" (the two sums estimated from the sample;
             not with virtual samples) or "detached" (statistics as constants).
-        out: as x, where to write y; may be the residual itself, and overlap nothing else.
+        out: as x, where to write y; may be the residual itself, and overlap nothing else. Read-only memory,
+            arrays of frameworks that never change theirs, and exporters that copy are refused.
 
     Returns:
-        y, of x's own array type, shape, dtype and memory layout, and what `backward` needs.
+        y, of x's own array type, shape, dtype and memory layout, and what `backward` needs. A type whose
+        module has no ``from_dlpack`` gets NumPy's arrays.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came, before any write.
+        ValueError, TypeError: naming the argument, what was expected and what came, before any write; for a
+            tensor that requires grad outside ``no_grad`` too.
 
     Source: Chen et al., IEEE TNNLS 32(1), 2021, section III; full: Ioffe and Szegedy, arXiv 1502.03167.
     """
@@ -188,7 +191,8 @@ def backward(
         activation the residual's is dy itself, not a copy.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came, before any write.
+        ValueError, TypeError: naming the argument, what was expected and what came, before any write; of a
+            large x that was seen to have changed since forward, too.
 
     Source: as `forward`; the sums for p_i other than 1/M follow from the chain rule.
     """

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 IMMUTABLE = "jax", "jaxlib", "tensorflow"  # frameworks whose arrays never change, whatever their capsules say
-PROTOCOL = "__dlpack__", "__dlpack_device__", "dtype", "shape"
+PROTOCOL = "__dlpack__", "__dlpack_device__"
 
 _READ_ONLY, _IS_COPIED = 1, 2
 _FLAGS = 8 + 2 * ctypes.sizeof(ctypes.c_void_p)  # behind the version, the manager's context and the deleter
@@ -92,6 +92,8 @@ def from_cpu(array: Any, export: Export) -> np.ndarray:
     """
     if hasattr(array, "data_ptr") and array.numel() and not array.data_ptr():
         raise BufferError("a tensor without memory")
+    if not hasattr(array, "dtype"):
+        raise BufferError(f"{type(array).__name__} without dtype")
     if isinstance(array.dtype, np.dtype) and array.dtype.name == "bfloat16":  # NumPy's DLPack cannot carry it
         view = np.asarray(array, copy=False if export.written else None)
         export.refusal = "" if view.flags.writeable else "a read-only one"

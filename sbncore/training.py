@@ -44,8 +44,9 @@ def batch_norm(
 
     Args:
         x, weight, bias, eps, channel_axis, activation, residual, gradient, out: as `forward`.
-        running_mean, running_var: (C,), parameters' dtype, writeable when training; or both None (then
-            training must be true). They are the prior of a sampler that has one.
+        running_mean, running_var: (C,), parameters' dtype, when training writeable and of memory that no
+            other argument shares; or both None (then training must be true). They are the prior of a sampler
+            that has one.
         training: whether to estimate statistics or use the running ones.
         momentum: weight of the new statistics in [0, 1]; None averages all steps alike (``1/(step+1)``).
         sampler, seed, layer, step: what to draw; ``step`` counts the training calls from 0, and may be an

@@ -64,6 +64,14 @@ class Deleted(Array):
         raise LookupError("Array has been deleted")
 
 
+class Typeless(Array):
+    """It exports by DLPack, and has no dtype to ask for, as pyarrow's."""
+
+    @property
+    def dtype(self):
+        raise AttributeError("dtype")
+
+
 class Tracer:
     """A stand-in for values that a compiler traces: it has a shape, a type and half a protocol."""
 

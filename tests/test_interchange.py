@@ -1,6 +1,11 @@
 """Any CPU array that speaks DLPack: the caller's own type back, without a copy."""
 
+import re
+import subprocess
+import sys
+
 import array_api_strict as xp
+import foreign
 import ml_dtypes
 import numpy as np
 import pytest
@@ -42,6 +47,80 @@ def test_bfloat16_is_stored_as_it_is(rng):
     grads = sbn.backward(y, saved)
     assert y.dtype == x.dtype == grads.x.dtype == grads.weight.dtype
     assert saved.statistics.mean.dtype == np.float32 and np.shares_memory(saved.x, x)
+
+
+ARGUMENTS = "x", "weight", "residual", "out", "running_mean", "dy"
+
+
+def called_with(name, kind, x):
+    """Call with one argument of a foreign kind; return what must not have changed."""
+    arrays = {
+        "x": x, "weight": np.ones(3, x.dtype), "residual": x.copy(), "out": x.copy(),
+        "running_mean": np.zeros(3, x.dtype), "running_var": np.ones(3, x.dtype),
+    }  # fmt: skip
+    if name == "dy":
+        saved = sbn.forward(x)[1]
+        return arrays, lambda: sbn.backward(kind(x), saved)
+    given = arrays | {name: kind(arrays[name])}
+    return arrays, lambda: sbn.batch_norm(**given, training=True)
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+@pytest.mark.parametrize(("kind", "message"), [
+    (foreign.Deviceless, r"Deviceless without __dlpack_device__: pass numpy\.asarray\({name}\), outside"),
+    (foreign.Tracer, r"Tracer without __dlpack_device__: pass numpy\.asarray\({name}\), outside"),
+    (foreign.Typeless, r"Typeless without dtype; pass one .* numpy\.asarray\({name}\)"),
+    (foreign.Deleted, r"Array has been deleted; pass one with its values in memory"),
+    (list, "list"),
+])  # fmt: skip
+def test_what_is_no_array_is_named(rng, name, kind, message):
+    x = rng.normal(size=(8, 3, 5)).astype(np.float32)
+    arrays, call = called_with(name, kind, x)
+    before = {each: array.copy() for each, array in arrays.items()}
+    message = message.replace("{name}", name)
+    with pytest.raises(TypeError, match=f"^{name}: expected an array .* got:? {message}"):
+        call()
+    assert all((arrays[each] == array).all() for each, array in before.items())
+
+
+@pytest.mark.parametrize("name", ["weight", "running_mean"])
+def test_pyarrows_arrays_are_named(rng, name):
+    pa = pytest.importorskip("pyarrow")
+    x = rng.normal(size=(8, 3, 5)).astype(np.float32)
+    _, call = called_with(name, lambda array: pa.array(array), x)
+    with pytest.raises(TypeError, match=rf"^{name}: .* without dtype; pass one .* numpy\.asarray\({name}\)"):
+        call()
+
+
+def test_jaxs_arrays():
+    jax = pytest.importorskip("jax")
+    x = jax.numpy.asarray(np.random.default_rng(0).normal(size=(8, 3, 5)), "float32")
+    y, saved = sbn.forward(x)
+    assert type(y) is type(x) is type(sbn.backward(x, saved).x)
+    for trace in (jax.jit, jax.grad):
+        with pytest.raises(TypeError, match=r"^x: expected an array .* without __dlpack_device__"):
+            trace(lambda x: sbn.forward(x)[0].sum())(x)
+    with pytest.raises(ValueError, match=r"^out: expected a writeable array, got a read-only one"):
+        sbn.forward(x, out=x + 1)
+    x.delete()
+    with pytest.raises(TypeError, match=r"^x: expected an array that DLPack can export, .* values in memory"):
+        sbn.forward(x)
+
+
+def test_without_numbas_compiler_nothing_is_computed():
+    code = """
+import os
+os.environ["NUMBA_DISABLE_JIT"] = "1"
+import numpy as np, sbncore as sbn
+mean, var = np.zeros(3), np.ones(3)
+for _ in range(2):
+    try:
+        sbn.batch_norm(np.ones((4, 3, 5)), mean, var, training=True)
+    except RuntimeError as complaint:
+        print(complaint, mean.any())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert len(re.findall("NUMBA_DISABLE_JIT is set: unset it.* False", done.stdout)) == 2
 
 
 class TestTorch:
