@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 import sbncore as sbn
+from sbncore.saved import digest
 
 
 class SampledBatchNorm:
@@ -22,14 +23,17 @@ class SampledBatchNorm:
         sampler, gradient, activation, channel_axis: as `sbncore.batch_norm`.
         seed, layer: name the draws; layers of one network should differ in ``layer``. The step is
             ``num_batches_tracked``.
+        check: whether backward makes sure that x is as it was in forward: True compares a checksum of all its
+            values; None looks at a few of them where x is large, at less than a hundredth of the time.
 
     Attributes:
         weight, bias: (C,) parameters, or None if not affine; dweight, dbias: their gradients from `backward`.
         running_mean, running_var: (C,), or None if not tracked.
-        saved: what the last forward kept (`sbncore.Saved`).
+        saved: what the last forward in training kept (`sbncore.Saved`).
 
     Raises:
         What `sbncore.batch_norm` raises; the counter and the statistics have not moved then.
+        ValueError: from backward, without a forward in training of its own, or if x was seen to have changed.
     """
 
     _xp: Any = np  # what makes the arrays
@@ -49,10 +53,11 @@ class SampledBatchNorm:
         channel_axis: int = 1,
         seed: int = 0,
         layer: int = 0,
+        check: bool | None = None,
     ) -> None:
         self.eps, self.momentum = eps, momentum
         self.sampler, self.gradient, self.activation = sampler, gradient, activation
-        self.channel_axis, self.seed, self.layer = channel_axis, seed, layer
+        self.channel_axis, self.seed, self.layer, self.check = channel_axis, seed, layer, check
         self.weight = self._xp.ones(num_features, dtype) if affine else None
         self.bias = self._xp.zeros(num_features, dtype) if affine else None
         self.dweight: Any = None
@@ -62,6 +67,8 @@ class SampledBatchNorm:
         self.num_batches_tracked: Any = 0
         self.training = True
         self.saved: sbn.Saved | None = None
+        self._pending = False  # whether backward may still use it
+        self._digest: int | None = None
 
     def train(self, mode: bool = True) -> SampledBatchNorm:
         """Normalize by what is drawn from now on, and return self."""
@@ -73,23 +80,37 @@ class SampledBatchNorm:
         return self.train(False)
 
     def forward(self, x: Any, residual: Any = None) -> Any:
-        """Return y; in training, move the running statistics and the counter once all is well."""
-        y, self.saved = sbn.batch_norm(
+        """Return y; in training, move the running statistics and the counter once all is well.
+
+        In evaluation nothing is kept: ``sbn.batch_norm`` and ``sbn.backward`` differentiate that.
+        """
+        self._pending = self._pending and not self.training  # a forward that is refused has no backward
+        y, saved = sbn.batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias,
             self.training or self.running_mean is None, self.momentum, self.eps,
             sampler=self.sampler, seed=self.seed, layer=self.layer, step=self.num_batches_tracked,
             channel_axis=self.channel_axis, activation=self.activation, residual=residual,
             gradient=self.gradient,
         )  # fmt: skip
-        self.num_batches_tracked += int(self.training)
+        if self.training:
+            self.num_batches_tracked += 1
+            self.saved, self._pending = saved, True
+            self._digest = digest(saved.x) if self.check else None
+            if self.check is False:
+                saved.probe = None
         return y
 
     __call__ = forward
 
     def backward(self, dy: Any) -> Any:
-        """Return dx, or (dx, dresidual) where forward was given a residual; set dweight and dbias."""
-        if self.saved is None:
-            raise ValueError("backward: expected a forward before it, got none")
+        """Return dx, or (dx, dresidual) where forward was given a residual; set dweight and dbias.
+
+        It belongs to the last forward in training, once.
+        """
+        if self.saved is None or not self._pending:
+            raise ValueError("backward: expected a forward before it, in training and its own, got none")
+        if self._digest is not None and self._digest != digest(self.saved.x):
+            raise ValueError("backward: expected x as it was in forward, got one that has changed since")
         grads = sbn.backward(dy, self.saved)
-        self.dweight, self.dbias = grads.weight, grads.bias
+        self.dweight, self.dbias, self._pending = grads.weight, grads.bias, False
         return (grads.x, grads.residual) if self.saved.residual else grads.x

@@ -30,9 +30,34 @@ class Data:
     labels_test: np.ndarray
     classes: int
 
-    def first(self, count: int) -> Data:
-        """Return the same with the first ``count`` images to train on."""
-        return replace(self, x=self.x[:count], labels=self.labels[:count])
+    def subset(self, count: int) -> Data:
+        """Return the same with ``count`` images to train on: always these, of every class its share.
+
+        Raises:
+            BadData: if a class is too rare to be among them, or only in the test set.
+        """
+        known = np.unique(self.labels)
+        strange = np.setdiff1d(self.labels_test, known)
+        if strange.size:
+            raise BadData(
+                f"{self.name}: expected a test set of the {known.size} classes that there are to train on, "
+                f"got images of {_listed(strange)} too"
+            )
+        size = len(self.labels)
+        order = np.random.default_rng(0).permutation(size)
+        order = order[np.argsort(self.labels[order], kind="stable")]
+        chosen = np.sort(order[(np.arange(count) * size + size // 2) // count])
+        rare = np.setdiff1d(known, self.labels[chosen])
+        if rare.size:
+            raise BadData(
+                f"--images: expected enough for a share of each of the {known.size} classes, got {count} "
+                f"without {_listed(rare)}"
+            )
+        return replace(self, x=self.x[chosen], labels=self.labels[chosen])
+
+
+def _listed(classes: np.ndarray) -> str:
+    return f"class {', '.join(map(str, classes))}"
 
 
 def load(name: str | Path | None = None) -> Data:

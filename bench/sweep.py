@@ -37,6 +37,7 @@ class Spec:
     norm: str
     gradient: str
     seed: int
+    subset: str = "stratified"  # of the images; lines from before it have "first"
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Run:
     def of(line: str) -> Run:
         """Return what a line says."""
         flat = json.loads(line)
+        flat.setdefault("subset", "first")
         spec = Spec(**{field.name: flat.pop(field.name) for field in fields(Spec)})
         flat["accuracies"] = tuple(tuple(pair) for pair in flat["accuracies"])
         return Run(spec, **flat | {"losses": tuple(flat["losses"])})
@@ -155,7 +157,7 @@ def train(spec: Spec, device: str, where: str) -> Run:
     from bench.share import share
     from bench.trainee import Settings, Trainee, accuracy
 
-    data = dataset(spec.data).first(spec.images)
+    data = dataset(spec.data).subset(spec.images)
     settings = Settings(batch=spec.batch, rate=spec.rate, seed=spec.seed, device=device)
     x, labels = settings.tensors(data.x, data.labels)
     test = settings.tensors(data.x_test, data.labels_test)

@@ -84,6 +84,7 @@ def _sweep(options: argparse.Namespace, command: str) -> None:
         raise BadData(f"--images: expected at most the {len(data.x)} of {data.name}, got {images}")
     if max(suite.batches) > images:
         raise BadData(f"--batches: expected at most the {images} images there are, got {max(suite.batches)}")
+    data.subset(images)
     jobs = options.jobs or (1 if options.device == "cuda" else sbn.get_num_threads())
     where = _machine(options, options.threads or 1)
     x, _ = Settings(device=options.device).tensors(data.x[:64], data.labels[:64])
@@ -167,7 +168,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--gradients", type=_words, help="exact, sampled, detached")
     parser.add_argument("--batches", type=_numbers, help="batch sizes")
     parser.add_argument("--seeds", type=_positive, help="how many")
-    parser.add_argument("--images", type=_positive, help="how many to train on")
+    parser.add_argument("--images", type=_positive, help="how many to train on, of every class its share")
     parser.add_argument("--epochs", type=_positive)
     parser.add_argument("--rates", type=_rates, help="learning rates for a batch of 128")
     parser.add_argument("--data", metavar="FOLDER", help="IDX files, CIFAR-10's, train/CLASS/*; or digits")

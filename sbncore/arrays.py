@@ -7,12 +7,14 @@ float16 and bfloat16 as int16 and uint16 of their bits, since NumPy has no bfloa
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from sbncore.interchange import Export, exportable, from_cpu, namespace, way_back
 
 STORAGE = {name: np.dtype(kind) for name, kind in zip(
     ("float64", "float32", "float16", "bfloat16"), ("f8", "f4", "i2", "u2"), strict=True)}  # fmt: skip
@@ -39,56 +41,66 @@ def element_type(array: np.ndarray) -> str:
     return ELEMENT[array.dtype]
 
 
-def borrow(array: Array, name: str) -> np.ndarray:
+def borrow(array: Array, name: str, written: bool = False) -> np.ndarray:
     """Return a view of the caller's array in its storage type: NumPy's, or CuPy's of what is on a GPU.
 
     Raises:
         TypeError: if it is no array, on another kind of device, of another dtype, or not in native byte
-            order, or if it is on a GPU that CuPy cannot reach.
+            order, if it is on a GPU that CuPy cannot reach, or a tensor that autograd follows.
+        ValueError: if it is to be written, and is read-only or would come as a copy.
     """
-    if type(array) is np.ndarray:
-        return _as_storage(array, name)
     if isinstance(array, np.ndarray):
         if isinstance(array, np.ma.MaskedArray):
             raise TypeError(f"{name}: expected an array without a mask, got a masked array")
+        if written and not array.flags.writeable:
+            raise ValueError(f"{name}: expected a writeable array, got a read-only one")
         return _as_storage(np.asarray(array), name)
-    short = SHORT_WAYS.get(type(array))
-    if short is not None:
-        view = short.view(array)
+    array = exportable(array, name, written)
+    bits = "bfloat16" in str(getattr(array, "dtype", ""))
+    try:
+        short = SHORT_WAYS.get(type(array))
+        view = None if short is None else short.view(array)
         if view is not None:
             return view
-    if not hasattr(array, "__dlpack__"):
-        raise TypeError(f"{name}: expected an array (NumPy's or one with DLPack), got {type(array).__name__}")
-    try:
-        kind = array.__dlpack_device__()[0]
+        if bits and hasattr(array, "detach"):  # NumPy's DLPack cannot carry it, nor can CuPy's
+            array = array.view(namespace(array).int16)
+        export = Export(array, written)
+        kind = export.__dlpack_device__()[0]
         if kind == CPU:
-            return _exported(array, name)
-    except (BufferError, ValueError, RuntimeError) as complaint:  # sparse, without memory, ...
-        raise TypeError(f"{name}: expected an array that DLPack can export, got: {complaint}") from None
-    if kind in CUDA:
-        return _on_gpu(array, name)
-    device = getattr(array, "device", "another device")
-    raise TypeError(f"{name}: expected an array on the CPU or a CUDA device, got one on {device}")
+            view = from_cpu(array, export)
+    except Exception as complaint:  # sparse, deleted, freed, ...: every framework has errors of its own
+        raise TypeError(
+            f"{name}: expected an array that DLPack can export, got: {complaint}; pass one with its values "
+            f"in memory, such as numpy.asarray({name})"
+        ) from complaint
+    if view is None:
+        if kind not in CUDA:
+            device = getattr(array, "device", "another device")
+            raise TypeError(f"{name}: expected an array on the CPU or a CUDA device, got one on {device}")
+        view = _from_gpu(array, export)
+    if written:
+        if export.refusal:
+            raise ValueError(f"{name}: expected a writeable array, got {export.refusal}")
+        view = writeable(view)
+    return view.view(np.uint16) if bits else _as_storage(view, name)
+
+
+def giver(like: Array, view: np.ndarray) -> Callable[[np.ndarray], Array]:
+    """Return `give` for results as ``view``, its way found: what is looked up before anything is written."""
+    if isinstance(like, type(view)) or type(like) in SHORT_WAYS:
+        return partial(give, like=like)
+    return way_back(like, view.dtype)
 
 
 def give(result: np.ndarray, like: Array) -> Array:
-    """Return an array of a storage type, or of float64/float32, as the caller's own type of array."""
-    name = ELEMENT[result.dtype]
+    """Return an array of a storage type as the caller's own type of array, else as NumPy's."""
     if isinstance(like, type(result)):
-        if name == "float16":
+        if result.dtype == np.int16:
             return result.view(np.float16)
-        return result.view(like.dtype) if name == "bfloat16" else result
+        return result.view(like.dtype) if result.dtype == np.uint16 else result
     short = SHORT_WAYS.get(type(like))
-    if short is not None:
-        array = short.array(result, like)
-        if array is not None:
-            return array
-    xp = _namespace(like)
-    if name == "bfloat16":
-        if hasattr(like, "detach"):
-            return xp.from_dlpack(result).view(like.dtype)
-        return xp.asarray(result.view(np.asarray(like).dtype))
-    return xp.from_dlpack(result.view(np.float16) if name == "float16" else result)
+    array = None if short is None else short.array(result, like)
+    return way_back(like, result.dtype)(result) if array is None else array
 
 
 def widen(stored: np.ndarray) -> np.ndarray:
@@ -142,13 +154,6 @@ def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return memory[first : first + nbytes].view(dtype).reshape(shape)
 
 
-def is_writeable(array: Array) -> bool:
-    """Whether the caller's array may be written to: NumPy's say so, JAX's never are."""
-    if isinstance(array, np.ndarray):
-        return bool(array.flags.writeable)
-    return not type(array).__module__.startswith("jax")
-
-
 def writeable(view: np.ndarray) -> np.ndarray:
     """Return the same memory without the read-only mark that NumPy puts on what comes by DLPack.
 
@@ -179,30 +184,8 @@ def _as_storage(array: np.ndarray, name: str) -> np.ndarray:
     return array.view(STORAGE[dtype.name])
 
 
-def _on_gpu(array: Array, name: str) -> Any:
+def _from_gpu(array: Array, export: Export) -> Any:
     from sbncore.cuda.device import cupy
 
     xp = cupy()
-    if not isinstance(array, xp.ndarray):
-        if hasattr(array, "detach"):
-            array = array.detach()
-            if "bfloat16" in str(array.dtype):
-                return xp.from_dlpack(array.view(_namespace(array).int16)).view(np.uint16)
-        array = xp.from_dlpack(array)
-    return _as_storage(array, name)
-
-
-def _exported(array: Array, name: str) -> np.ndarray:
-    if hasattr(array, "detach"):
-        array = array.detach()  # PyTorch exports no tensor that requires a gradient
-    if "bfloat16" not in str(array.dtype):
-        return _as_storage(np.from_dlpack(array), name)
-    if hasattr(array, "detach"):  # NumPy's DLPack cannot carry it
-        return np.from_dlpack(array.view(_namespace(array).int16)).view(np.uint16)
-    return np.asarray(array).view(np.uint16)
-
-
-def _namespace(array: Array) -> Any:
-    if hasattr(array, "__array_namespace__"):
-        return array.__array_namespace__()
-    return sys.modules[type(array).__module__.partition(".")[0]]
+    return array if isinstance(array, xp.ndarray) else xp.from_dlpack(export)

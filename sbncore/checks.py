@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sbncore.arrays import PARAMETER, address, borrow, element_type, is_writeable, place, writeable
+from sbncore.arrays import PARAMETER, address, borrow, element_type, place
 from sbncore.drawing import batch_shape, integer, is_array
 from sbncore.layout import Layout
 from sbncore.plans import Plan
@@ -28,9 +28,9 @@ def array(value: Any, name: str, channel_axis: int) -> np.ndarray:
     return view
 
 
-def beside(value: Any, name: str, x: np.ndarray) -> np.ndarray:
+def beside(value: Any, name: str, x: np.ndarray, written: bool = False) -> np.ndarray:
     """Return an array of x's shape and dtype: dy, residual, out."""
-    view = _with(x, value, name)
+    view = _with(x, value, name, written)
     if view.shape != x.shape:
         raise ValueError(f"{name}: expected shape {x.shape} as x, got {view.shape}")
     if view.dtype != x.dtype:
@@ -38,17 +38,19 @@ def beside(value: Any, name: str, x: np.ndarray) -> np.ndarray:
     return view
 
 
-def _with(x: np.ndarray, value: Any, name: str) -> np.ndarray:
-    view = borrow(value, name)
+def _with(x: np.ndarray, value: Any, name: str, written: bool = False) -> np.ndarray:
+    view = borrow(value, name, written)
     here, there = place(x), place(view)
     if here != there:
         raise TypeError(f"{name}: expected an array on {here} as x, got one on {there}")
     return view
 
 
-def channels(value: Any, name: str, C: int, x: np.ndarray, *others: str) -> np.ndarray:
+def channels(
+    value: Any, name: str, C: int, x: np.ndarray, *others: str, written: bool = False
+) -> np.ndarray:
     """Return an array (C,) in the parameters' dtype, in x's own, or in another that may be."""
-    view = _with(x, value, name)
+    view = _with(x, value, name, written)
     if view.shape != (C,):
         raise ValueError(f"{name}: expected shape ({C},) for {C} channels, got {view.shape}")
     kind = element_type(x)
@@ -59,31 +61,28 @@ def channels(value: Any, name: str, C: int, x: np.ndarray, *others: str) -> np.n
     return view
 
 
-def running(value: Any, name: str, C: int, x: np.ndarray, written: bool) -> np.ndarray:
-    """Return a running statistic, writeable where it is to be written."""
-    view = channels(value, name, C, x)
-    if written and not is_writeable(value):
-        raise ValueError(f"{name}: expected a writeable array to update, got a read-only one")
-    return writeable(view) if written else view
-
-
 def output(
     value: Any,
     x: np.ndarray,
     apart: Iterable[np.ndarray | None],
     same: Iterable[np.ndarray | None] = (),
     name: str = "out",
-) -> None:
-    """Complain unless out is as x, writeable and apart from the inputs, but for being one of ``same``."""
-    view = beside(value, name, x)
-    if not is_writeable(value):
-        raise ValueError(f"{name}: expected a writeable array, got a read-only one")
+) -> np.ndarray:
+    """Return out, which is as x, writeable and apart from the inputs, but for being one of ``same``."""
+    view = beside(value, name, x, written=True)
     if 0 in view.strides and view.size:
         if any(stride == 0 and size > 1 for stride, size in zip(view.strides, view.shape, strict=True)):
             raise ValueError(f"{name}: expected distinct elements, got an array that repeats its memory")
     others = [other for other in same if other is not None and _place(other) != _place(view)]
     if any(_overlap(view, other) for other in (*apart, *others) if other is not None):
         raise ValueError(f"{name}: expected memory apart from the inputs', got an array that overlaps them")
+    return view
+
+
+def separate(running: Running, others: tuple[np.ndarray | None, ...]) -> bool:
+    """Return whether running statistics that are to be moved overlap neither each other nor the others."""
+    pairs = [(one, other) for one in running[:2] for other in others if other is not None]
+    return not any(_overlap(*pair) for pair in ((running.mean, running.var), *pairs))
 
 
 def likeness(arrays: tuple[Any, ...], *options: Any) -> Any:

@@ -58,9 +58,9 @@ class Sampler:
 
         Raises:
             ValueError: if the sample is larger than what there is to draw from, or a single value.
-            TypeError: if seed, layer or step is not an integer.
+            TypeError: if shape is no sequence of integers, or seed, layer or step no integer.
         """
-        sizes, axis = tuple(map(operator.index, shape)), integer("channel_axis", channel_axis)
+        sizes, axis = _sizes(shape), integer("channel_axis", channel_axis)
         recipe = _recipe(self, sizes, axis) if self.settled else None
         words = seed, layer, step
         if not type(seed) is type(layer) is type(step) is int:
@@ -124,7 +124,15 @@ def _step(step: Any) -> Any:
 
 def batch_shape(shape: Sequence[int], channel_axis: int) -> tuple[int, ...]:
     """Return (N, *spatial) of a shape with channels at ``channel_axis``."""
-    return _batch_shape(tuple(map(operator.index, shape)), channel_axis)
+    return _batch_shape(_sizes(shape), channel_axis)
+
+
+def _sizes(shape: Sequence[int]) -> tuple[int, ...]:
+    try:
+        return tuple(map(operator.index, shape))
+    except TypeError:
+        came = f"{type(shape).__name__}; its .shape?" if hasattr(shape, "shape") else repr(shape)
+        raise TypeError(f"shape: expected integers (N, C, *spatial), got {came}") from None
 
 
 @lru_cache(maxsize=1024, typed=True)

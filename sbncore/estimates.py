@@ -9,13 +9,14 @@ from numbers import Real
 
 import numpy as np
 
-from sbncore.arrays import Array, borrow
-from sbncore.checks import array, epsilon
+from sbncore.arrays import Array, on_device
+from sbncore.checks import array, epsilon, plan_for
 from sbncore.drawing import Sampler, integer
-from sbncore.functional import moments
+from sbncore.functional import phases_for
+from sbncore.interchange import detached
 from sbncore.layout import Layout, layout_of
+from sbncore.plans import Plan, WholeSamples
 from sbncore.samplers import RUNS, BatchSampling, FeatureSampling, Full
-from sbncore.statistics import Statistics
 
 RATIOS = 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2
 LINE = 16  # values of a cache line
@@ -108,11 +109,14 @@ class _Judge:
     def __init__(self, x: Array, draws: int, channel_axis: int, eps: float, seed: int) -> None:
         if integer("draws", draws) < 1:
             raise ValueError(f"draws: expected at least 1, got {draws}")
-        self.x, self.draws, self.axis, self.seed = x, draws, channel_axis, integer("seed", seed)
+        self.draws, self.axis, self.seed = draws, channel_axis, integer("seed", seed)
         self.eps = epsilon(eps, False)
-        self.shape = tuple(array(x, "x", channel_axis).shape)
-        if 0 in self.shape:
+        self.view = array(detached(x), "x", channel_axis)
+        self.layout, self.shape = layout_of(self.view, channel_axis), tuple(self.view.shape)
+        if not self.view.size:
             raise ValueError(f"x: expected values, got an empty array of shape {self.shape}")
+        with on_device(self.view):
+            self.flat = self.layout.flatten(self.view)
         self._whole: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # of so many samples
 
     def fidelity(self, sampler: Sampler) -> Fidelity:
@@ -125,21 +129,27 @@ class _Judge:
         mean, var = self._moments_of(self.shape[0] - sampler.virtual)
         off = np.zeros((2, len(mean)))
         for plan in plans:
-            drawn = moments(self.x, plan, channel_axis=self.axis, dtype="float64")
-            drawn_mean, drawn_var = _numpy(drawn)
+            drawn_mean, drawn_var, count = self._moments(plan)
             off[0] += (drawn_mean - mean) ** 2 / var
             off[1] += (np.sqrt((drawn_var + self.eps) / var) - 1) ** 2
         mean_errors, std_errors = np.sqrt(off / self.draws)
-        return Fidelity(sampler, mean_errors, std_errors, drawn.count, self.draws)
+        return Fidelity(sampler, mean_errors, std_errors, count, self.draws)
 
     def _moments_of(self, real: int) -> tuple[np.ndarray, np.ndarray]:
         if real < 1:
             virtual, rows = self.shape[0] - real, self.shape[0]
             raise ValueError(f"x: expected samples beside {virtual} virtual ones, got {rows} in all")
         if real not in self._whole:
-            mean, var = _numpy(moments(self.x[:real], channel_axis=self.axis, dtype="float64"))
+            whole = WholeSamples(1.0, 0, 0, real, real, 1, self.layout.S)
+            mean, var, _ = self._moments(Plan((self.layout.N, *self.layout.spatial), (whole,)))
             self._whole[real] = mean, var + self.eps
         return self._whole[real]
+
+    def _moments(self, plan: Plan) -> tuple[np.ndarray, np.ndarray, float]:
+        plan_for(plan, self.layout, None, fewest=1)
+        with on_device(self.view):
+            mean, var, count = phases_for(self.view).moments(self.flat, self.layout, plan, None)
+        return _numpy(mean), _numpy(var), count
 
 
 def suggest(
@@ -179,7 +189,7 @@ def suggest(
         candidates = samplers("candidates", candidates)
     judge = _Judge(x, draws, channel_axis, eps, seed)
     if candidates is None:
-        candidates = _cheapest_first(layout_of(borrow(x, "x"), channel_axis))
+        candidates = _cheapest_first(judge.layout)
     for sampler in candidates:
         if judge.fidelity(sampler).error <= tolerance:
             return sampler
@@ -212,7 +222,6 @@ def _cheapest_first(layout: Layout) -> list[Sampler]:
     return sorted(lines, key=lambda sampler: lines[sampler])
 
 
-def _numpy(statistics: Statistics) -> tuple[np.ndarray, np.ndarray]:
-    views = [borrow(each, "statistics") for each in (statistics.mean, statistics.var)]
-    mean, var = (np.array(view.get() if hasattr(view, "get") else view) for view in views)
-    return mean, var
+def _numpy(array: np.ndarray) -> np.ndarray:
+    host: np.ndarray = array.get() if hasattr(array, "get") else array
+    return host

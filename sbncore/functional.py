@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sbncore import checks
-from sbncore.arrays import ELEMENT, PARAMETER, Array, borrow, give, on_device, writeable
+from sbncore.arrays import ELEMENT, PARAMETER, Array, give, on_device
 from sbncore.layout import Result, layout_of
 from sbncore.plans import Plan
 from sbncore.samplers import Full
-from sbncore.saved import Kept, Saved
+from sbncore.saved import Kept, Saved, probe
 from sbncore.statistics import Statistics, public
 
 REMEMBERED = 1024  # kinds of arguments
@@ -64,13 +64,16 @@ def forward(
         residual: as x, added before the activation, fused.
         gradient: what backward will compute: "exact", "sampled" (the two sums estimated from the sample;
             not with virtual samples) or "detached" (statistics as constants).
-        out: as x, where to write y; may be the residual itself, and overlap nothing else.
+        out: as x, where to write y; may be the residual itself, and overlap nothing else. Read-only memory,
+            arrays of frameworks that never change theirs, and exporters that copy are refused.
 
     Returns:
-        y, of x's own array type, shape, dtype and memory layout, and what `backward` needs.
+        y, of x's own array type, shape, dtype and memory layout, and what `backward` needs. A type whose
+        module has no ``from_dlpack`` gets NumPy's arrays.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came, before any write.
+        ValueError, TypeError: naming the argument, what was expected and what came, before any write; for a
+            tensor that requires grad outside ``no_grad`` too.
 
     Source: Chen et al., IEEE TNNLS 32(1), 2021, section III; full: Ioffe and Szegedy, arXiv 1502.03167.
     """
@@ -103,8 +106,11 @@ def forward_in_place(
     known = plan.known if isinstance(plan, Plan) else {}
     if alike is not None:
         call = known.get(alike)
+        if running is not None and not checks.separate(running, (x, weight, bias, residual)):
+            call = None
         done = call.forward(x, weight, bias, residual, out, plan, eps, running) if call else None
         if done is not None:
+            done[1].probe = probe(done[1].x)
             return done  # type: ignore[no-any-return]
     view = checks.array(x, "x", channel_axis)
     layout = layout_of(view, channel_axis)
@@ -116,18 +122,26 @@ def forward_in_place(
     eps = checks.epsilon(eps, statistics_are_given=plan.prior == 1)
     given = checks.parameters(view, layout, weight, bias, residual)
     by = None if prior is None else checks.given(prior, layout.C, view)
+    if running is not None and not checks.separate(running, (view, *given)):
+        raise ValueError(
+            "running_mean, running_var: expected memory of their own, got arrays that overlap each other or "
+            "another argument"
+        )
+    target = None
     if out is not None:
         read = () if by is None else (by.mean, by.var)
         moved = () if running is None else (running.mean, running.var)
-        checks.output(out, view, (view, given.weight, given.bias, *read, *moved), (given.residual,))
+        apart = view, given.weight, given.bias, *read, *moved
+        target = checks.output(out, view, apart, (given.residual,))
     if alike is not None and call is None:
         remember(known, alike, _calls().call_of(view, layout, given, out, activation == "relu", gradient))
     with on_device(view):
         flat = layout.flatten(view)
-        y = Result(flat, layout, x, out)
+        y = Result(flat, layout, x, out, target)
         relu = activation == "relu"
         state = phases_for(view).forward(y.flat, flat, layout, plan, by, given, eps, relu, running, kept)
         saved = Saved(x, flat, layout, plan, state, weight, bias, residual is not None, relu, gradient)
+        saved.probe = probe(flat)
         return y.hand_back(), saved
 
 
@@ -177,12 +191,14 @@ def backward(
         activation the residual's is dy itself, not a copy.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came, before any write.
+        ValueError, TypeError: naming the argument, what was expected and what came, before any write; of a
+            large x that was seen to have changed since forward, too.
 
     Source: as `forward`; the sums for p_i other than 1/M follow from the chain rule.
     """
     if not isinstance(saved, Saved):
         raise TypeError(f"saved: expected what forward returned, got {type(saved).__name__}")
+    saved.check()
     if saved.call is not None and needs is None and gradient in (None, saved.gradient):
         done = saved.call.backward(dy, saved, out)
         if done is not None:
@@ -193,12 +209,13 @@ def backward(
     checks.gradient_of(gradient, saved.plan)
     optional = (("weight", saved.weight), ("bias", saved.bias), ("residual", saved.residual or None))
     wanted = checks.needed(needs, ("x", *(name for name, value in optional if value is not None)))
+    target = None
     if out is not None:
         if "x" not in wanted:
             raise ValueError("out: expected None, since needs leaves out 'x'")
-        checks.output(out, view, (view, layout.restore(x)))
+        target = checks.output(out, view, (view, layout.restore(x)))
     with on_device(view):
-        dx = Result(x, layout, saved.like, out) if "x" in wanted else None
+        dx = Result(x, layout, saved.like, out, target) if "x" in wanted else None
         dresidual = Result(x, layout, saved.like) if "residual" in wanted and saved.relu else None
         dweight = dbias = np.zeros(0)
         if dx or dresidual or "weight" in wanted or "bias" in wanted:
@@ -232,16 +249,17 @@ def repair(dx: Array, dy: Array, saved: Saved, dweight: Array, dbias: Array) -> 
     """
     if not isinstance(saved, Saved):
         raise TypeError(f"saved: expected what forward returned, got {type(saved).__name__}")
+    saved.check()
     layout, x = saved.layout, saved.x
     view = checks.beside(dy, "dy", layout.restore(x))
     sums = [checks.channels(dweight, "dweight", layout.C, view)]
     sums.append(checks.channels(dbias, "dbias", layout.C, view))
-    checks.output(dx, view, (view, layout.restore(x)), name="dx")
+    target = checks.output(dx, view, (view, layout.restore(x), *sums), name="dx")
     with on_device(view):
-        target = layout.flatten(borrow(dx, "dx"))
-        phases_for(view).repair(target, layout.flatten(view), saved, *sums)
-        if not layout.lies(borrow(dx, "dx")):
-            writeable(borrow(dx, "dx"))[...] = layout.restore(target)
+        flat = layout.flatten(target)
+        phases_for(view).repair(flat, layout.flatten(view), saved, *sums)
+        if not layout.lies(target):
+            target[...] = layout.restore(flat)
 
 
 def moments(
@@ -302,14 +320,15 @@ def normalize(
     eps = checks.epsilon(eps, statistics_are_given=True)
     given = checks.parameters(view, layout, weight, bias, residual)
     by = checks.given(statistics, layout.C, view)
+    target = None
     if out is not None:
         apart = given.weight, given.bias, by.mean, by.var
-        checks.output(out, view, apart, (view, given.residual))
+        target = checks.output(out, view, apart, (view, given.residual))
     if alike is not None and call is None:
         remember(_known, alike, _calls().call_of(view, layout, given, out, activation == "relu", by=by))
     with on_device(view):
         flat = layout.flatten(view)
-        y = Result(flat, layout, x, out)
+        y = Result(flat, layout, x, out, target)
         phases_for(view).normalize(y.flat, flat, layout, by, given, eps, activation == "relu")
         return y.hand_back()
 

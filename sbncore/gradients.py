@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import ceil, inf, isfinite, log2, sqrt
+from math import ceil, inf, isfinite, log2, prod, sqrt
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from sbncore.drawing import integer
 
 __all__ = ["Discrepancy", "GradientReport", "check_gradients"]
 
@@ -70,6 +72,7 @@ def check_gradients(
     inputs: Sequence[Array] | Mapping[str, Array],
     *,
     names: Sequence[str] | None = None,
+    outputs: int | None = None,
     directions: int = 8,
     elementwise: int = 2000,
     rtol: float = 1e-6,
@@ -83,7 +86,7 @@ def check_gradients(
 
         L = Σ dy·y with dy random and fixed,    grad = dL/dinput from backward
         numerical = Σ dy·(8·[y(h) - y(-h)] - [y(2h) - y(-2h)]) / 12h,  y(t) = forward(input + t·v)
-        |Σ grad·v - numerical| ≤ rtol·rms(grad·v) + atol·‖v‖·max|grad| + 32ε·‖dy·y‖ / h
+        |Σ grad·v - numerical| ≤ rtol·rms(grad·v) + atol·‖v‖·max|grad| + 32ε·(‖dy·y‖ + ‖grad·x‖) / h
 
     ``v`` is, for each input by itself, every one of some random directions and every element (v
     is 1 there, 0 elsewhere). An input of more than ``elementwise`` elements is cut instead into
@@ -95,25 +98,35 @@ def check_gradients(
     No array of the caller's is changed. The cost is about 4 forward calls a check.
 
     Arguments:
-        forward: called with one array per input, returns ``y`` or ``(y, saved)``; y is float64.
-        backward: called with ``(dy)`` or ``(dy, saved)``, returns the gradients in the inputs'
-            order, or by name as a mapping or as attributes; one that is None is not checked.
+        forward: called with one array per input, returns ``y`` or ``(y, saved)``; y is float64. Of
+            several outputs it returns ``(y1, y2, ...)`` or ``(y1, y2, ..., saved)``.
+        backward: called with ``(dy)`` or ``(dy, saved)``, or with ``(dy1, dy2, ...)`` and so on, returns the
+            gradients in the inputs' order, or by name as a mapping or as attributes; one that is None is
+            not checked.
         inputs: float64 arrays of any shape, in order or by name.
         names: the inputs' names, where ``inputs`` is a sequence.
+        outputs: how many arrays forward returns before ``saved``; by default one, unless what follows it
+            looks like another, which is then asked for.
         directions: number of random directions per input, 0 for none.
         elementwise: largest size that is checked element by element, 0 for directions only.
         rtol, atol: the tolerances of the formula.
-        step: h in units of the input's standard deviation (of its magnitude, if constant).
+        step: h in units of the input's standard deviation (of its magnitude, if constant), times the fifth
+            root of max|x| in that unit: it balances the formula's error, h⁴, and the resolution of x, 1/h.
         seed: of dy and v; the report is a function of the arguments alone.
 
     Returns:
         The report: true when all passed, printable, with ``raise_if_failed()``.
 
     Raises:
-        TypeError: an array that is not float64, or a result of an unknown form.
+        TypeError: an array that is not float64, a result of an unknown form, or a count that is no integer.
         ValueError: no inputs, a wrong shape, values that are not finite, or a bad option.
     """
-    options = {"directions": directions, "elementwise": elementwise, "atol": atol}
+    counts = {"directions": directions, "elementwise": elementwise}
+    for option, count in {**counts, "seed": seed, "outputs": 1 if outputs is None else outputs}.items():
+        integer(option, count)
+    if outputs is not None and outputs < 1:
+        raise ValueError(f"outputs must be 1 or more, got {outputs}")
+    options = {**counts, "atol": atol}
     for option, number in (options | {"rtol": rtol, "step": step}).items():
         if not 0 <= number < inf or (number == 0 and option in ("rtol", "step")):
             raise ValueError(f"{option} must be positive and finite, got {number}")
@@ -121,9 +134,12 @@ def check_gradients(
         raise ValueError("directions and elementwise are both 0: nothing to check")
     arrays = _inputs(inputs, names)
     rng = np.random.default_rng([seed, 0x67726164])  # lest dy equal an input drawn from the seed
-    y, saved = _call(forward, arrays)
-    dy = np.asarray(rng.standard_normal(_finite("forward's y", y).shape))
-    grads = _gradients(backward(dy.copy(), *saved), arrays)
+    function = _Function(forward, outputs)
+    y, saved = function(arrays)
+    if y.size == 0 or not np.isfinite(y).all():
+        raise ValueError("forward's y is empty or not finite everywhere")
+    dy = rng.standard_normal(y.size)
+    grads = _gradients(backward(*function.split(dy.copy()), *saved), arrays)
     checks, failed, by_input = 0, 0, list[Discrepancy]()
     for name, grad in grads.items():
         cuts = np.linspace(0, grad.size, ceil(sqrt(grad.size)) + 1).astype(int).tolist()
@@ -133,13 +149,56 @@ def check_gradients(
         if grad.size <= elementwise:
             probes += [_Probe(i, np.ones(1), None) for i in range(grad.size)]
         checker = _Checker(
-            forward, arrays, name, grad, y, dy, _step(arrays[name], step), rtol, atol
+            function, arrays, name, grad, y, dy, _step(arrays[name], step), rtol, atol
         )
         worst, failures = checker.judge(probes)
         checks, failed = checks + len(probes), failed + failures
         by_input.append(worst)
     worst = max(by_input, key=lambda d: (d.excess > 1 and d.index is not None, d.excess))
     return GradientReport(failed == 0, worst, checks, failed, tuple(by_input))
+
+
+class _Function:
+    """forward as a function of all inputs to one flat array, the outputs one after another."""
+
+    def __init__(self, forward: Callable[..., object], outputs: int | None) -> None:
+        self.forward, self.outputs = forward, outputs
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __call__(self, arrays: dict[str, Array]) -> tuple[Array, list[object]]:
+        """Return y and a list of what forward saved, empty if it returned nothing more."""
+        handed = [x.copy(order="K") for x in arrays.values()]
+        result = self.forward(*handed)
+        values = list(result) if isinstance(result, tuple) else [result]
+        count = self.outputs or 1
+        if not count <= len(values) <= count + 1:
+            form = "y or (y, saved)" if count == 1 else f"{count} outputs, or those and saved"
+            raise TypeError(f"forward must return {form}, got {len(values)} values; outputs says how many")
+        ys, saved = values[:count], values[count:]
+        if self.outputs is None and any(_looks_like_an_output(each, [*handed, *ys]) for each in saved):
+            raise TypeError(
+                "forward returned two float64 arrays: pass outputs=2 if both are outputs, outputs=1 if the "
+                "second is what backward needs"
+            )
+        arrays_of = [_float64("forward's y", y) for y in ys]
+        shapes = [y.shape for y in arrays_of]
+        self.shapes = self.shapes or shapes
+        for before, shape in zip(self.shapes, shapes, strict=True):
+            if shape != before:
+                raise ValueError(f"forward's y has shape {before}, then {shape}")
+        return np.concatenate([y.ravel() for y in arrays_of]), saved
+
+    def split(self, flat: Array) -> list[Array]:
+        """Return the parts of a flat array that belong to each output, in its shape."""
+        sizes = [prod(shape) for shape in self.shapes]
+        parts = np.split(flat, np.cumsum(sizes)[:-1])
+        return [part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+
+def _looks_like_an_output(value: object, others: list[object]) -> bool:
+    """Whether it is an array as outputs are, and neither an input nor the output that stands before it."""
+    is_array = isinstance(value, np.ndarray) and value.dtype == np.float64
+    return is_array and not any(value is other for other in others)
 
 
 class _Probe(NamedTuple):
@@ -157,16 +216,17 @@ def _direction(rng: np.random.Generator, size: int) -> Array:
 
 
 def _step(x: Array, step: float) -> float:
-    """Return a power of 2 near ``step`` times the spread of x, or its magnitude if constant."""
+    """Return a power of 2 near `check_gradients`' h."""
     peak = float(np.abs(x).max()) or 1.0
     spread = float(np.std(x / peak))
-    return float(2.0 ** round(log2(step * peak * (spread if spread > 1e-7 else 1.0))))
+    spread = spread if spread > 64 * float(np.finfo(np.float64).eps) else 1.0
+    return float(2.0 ** round(log2(step * peak * spread ** (4 / 5))))
 
 
 class _Checker(NamedTuple):
     """The comparisons for the input ``name``."""
 
-    forward: Callable[..., object]
+    function: _Function
     arrays: dict[str, Array]
     name: str
     grad: Array
@@ -197,9 +257,7 @@ class _Checker(NamedTuple):
             for t in (-2 * h, -h, h, 2 * h):
                 x = self.arrays[self.name].copy(order="K")
                 x.flat[part] = x.flat[part] + t * probe.v
-                ys.append(_call(self.forward, self.arrays | {self.name: x})[0])
-                if ys[-1].shape != self.y.shape:
-                    raise ValueError(f"forward's y has shape {self.y.shape}, then {ys[-1].shape}")
+                ys.append(self.function(self.arrays | {self.name: x})[0])
             rise = 8 * (ys[2] - ys[1]) - (ys[3] - ys[0])  # differences first: errors cancel
             bend = (ys[2] - self.y) - (self.y - ys[1])
             return float((self.dy * rise).sum() / (12 * h)), float((self.dy * bend).sum() / h)
@@ -210,7 +268,9 @@ class _Checker(NamedTuple):
         analytic = float(terms.sum())
         allowed = self.rtol * float(np.linalg.norm(terms)) / sqrt(terms.size)
         allowed += self.atol * float(np.linalg.norm(probe.v) * np.abs(self.grad).max())
-        noise = _ROUND_OFF * float(np.linalg.norm(self.dy * self.y))
+        noise = float(np.linalg.norm(self.dy * self.y))
+        noise += float(np.linalg.norm(self.grad * self.arrays[self.name]))
+        noise *= _ROUND_OFF
         h, steady, hint = self.h, False, ""
         first, bend = numerical, _ = self.slopes(probe, h)
         while not (gap := abs(analytic - numerical)) <= (tolerance := allowed + noise / h):
@@ -250,15 +310,6 @@ def _inputs(
     return {label: _finite(label, x) for label, x in zip(labels, inputs, strict=True)}
 
 
-def _call(forward: Callable[..., object], arrays: dict[str, Array]) -> tuple[Array, list[object]]:
-    """Return y and a list of what forward saved, empty if it returned y alone."""
-    result = forward(*(x.copy(order="K") for x in arrays.values()))
-    y, *saved = result if isinstance(result, tuple) else (result,)
-    if len(saved) > 1:
-        raise TypeError(f"forward must return y or (y, saved), got {1 + len(saved)} values")
-    return _float64("forward's y", y), saved
-
-
 def _gradients(result: object, arrays: dict[str, Array]) -> dict[str, Array]:
     """Return by name the gradients that are not None."""
     values: list[object] = [result]
@@ -270,6 +321,7 @@ def _gradients(result: object, arrays: dict[str, Array]) -> dict[str, Array]:
         values = [*result]
     if len(values) != len(arrays):
         came = f"{len(values)} (in {type(result).__name__})"
+        came += f", under the names {[*result]}" if isinstance(result, Mapping) else ""
         raise ValueError(f"backward must return a gradient for each of {[*arrays]}, got {came}")
     pairs = zip(arrays, values, strict=True)
     grads = {name: _finite(f"the gradient of {name}", g) for name, g in pairs if g is not None}

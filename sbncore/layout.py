@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sbncore.arrays import Array, borrow, empty_like, give, writeable
+from sbncore.arrays import Array, empty_like, giver, writeable
 
 
 class Layout(NamedTuple):
@@ -106,21 +106,22 @@ def _nearest(array: np.ndarray, axis: int) -> Layout:
 class Result:
     """An array like x to be written: flat memory for the engine, and then the caller's own type.
 
-    The memory is that of ``out`` where it lies in x's layout; else it is new, and copied there at the end.
+    The memory is that of ``target``, the view of the caller's ``out``, where it lies in x's layout; else it
+    is new, and copied there at the end.
     """
 
-    def __init__(self, x: np.ndarray, layout: Layout, like: Array, out: Array | None = None) -> None:
-        self._layout, self._like, self._out = layout, like, out
-        self._target: np.ndarray | None = None
-        target = None if out is None else borrow(out, "out")
+    def __init__(
+        self, x: np.ndarray, layout: Layout, like: Array, out: Array = None, target: np.ndarray | None = None
+    ) -> None:
+        self._layout, self._out, self._target = layout, out, target
+        self._give = giver(like, x)
         if target is not None and layout.lies(target):
-            self.flat = layout.flatten(target)
+            self.flat, self._target = layout.flatten(target), None
         else:
             self.flat = empty_like(x)
-            self._target = None if target is None else writeable(target)
 
     def hand_back(self) -> Array:
         """Return the caller's ``out``, or a new array of the type of ``like``."""
         if self._target is not None:
             self._target[...] = self._layout.restore(self.flat)
-        return give(self._layout.restore(self.flat), self._like) if self._out is None else self._out
+        return self._give(self._layout.restore(self.flat)) if self._out is None else self._out

@@ -44,8 +44,9 @@ def batch_norm(
 
     Args:
         x, weight, bias, eps, channel_axis, activation, residual, gradient, out: as `forward`.
-        running_mean, running_var: (C,), parameters' dtype, writeable when training; or both None (then
-            training must be true). They are the prior of a sampler that has one.
+        running_mean, running_var: (C,), parameters' dtype, when training writeable and of memory that no
+            other argument shares; or both None (then training must be true). They are the prior of a sampler
+            that has one.
         training: whether to estimate statistics or use the running ones.
         momentum: weight of the new statistics in [0, 1]; None averages all steps alike (``1/(step+1)``).
         sampler, seed, layer, step: what to draw; ``step`` counts the training calls from 0, and may be an
@@ -71,7 +72,7 @@ def batch_norm(
     prior, stored = None, []
     if running_mean is not None:
         for value, name in ((running_mean, "running_mean"), (running_var, "running_var")):
-            stored.append(checks.running(value, name, layout.C, view, training))
+            stored.append(checks.channels(value, name, layout.C, view, written=bool(training)))
         prior = Statistics(running_mean, running_var)
     if training:
         plan = sampler.plan(view.shape, seed=seed, layer=layer, step=step, channel_axis=channel_axis)

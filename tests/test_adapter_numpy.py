@@ -1,5 +1,7 @@
 """The NumPy layer is batch_norm with a memory."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 from conftest import error
@@ -36,6 +38,76 @@ def test_residual_and_no_parameters(rng):
     layer(x, residual)
     dx, dresidual = layer.backward(dy)
     assert dx.shape == x.shape and dresidual is dy and layer.dweight is None
+
+
+def test_backward_belongs_to_the_forward_in_training(rng):
+    layer = SampledBatchNorm(3, sampler=sbn.BatchSampling(2))
+    x, other, dy = rng.normal(size=(3, 8, 3, 5)).astype(np.float32)
+    layer(x)
+    saved = layer.saved
+    layer.eval()(other)
+    assert layer.saved is saved
+    assert (layer.train().backward(dy) == sbn.backward(dy, saved).x).all()
+
+    def refused():
+        with pytest.raises(ValueError, match="backward: expected a forward before it, in training"):
+            layer.backward(dy)
+
+    refused()  # once
+    layer.eval()(x)
+    refused()
+    layer.train()(x)
+    with pytest.raises(ValueError, match="dy: expected shape"):
+        layer.backward(dy[:2])
+    layer.backward(dy)  # what was refused may be asked for again
+    layer(x)
+    with pytest.raises(ValueError, match="running_mean: expected shape"):
+        layer(x[:, :2])
+    refused()
+
+
+@pytest.mark.parametrize("check", [None, True])
+def test_an_x_that_changed_is_noticed(rng, check):
+    """A few values of a large x by default; every one of any x if asked."""
+    shape = (8, 3, 5) if check else (8, 3, 110, 100)
+    layer = SampledBatchNorm(3, sampler=sbn.BatchSampling(2), check=check)
+    x, dy = rng.normal(size=(2, *shape)).astype(np.float32)
+    keep = x.copy()
+
+    def doubled():
+        x[...] *= 2
+
+    def negated():
+        np.negative(x, out=x)
+
+    def replaced():
+        x[...] = dy
+
+    def one():
+        x[3, 1, 2] += 1
+
+    for change in (doubled, negated, replaced, *([one] if check else [])):
+        layer(x)
+        change()
+        with pytest.raises(ValueError, match="expected x as it was in forward, got one that has changed"):
+            layer.backward(dy)
+        with pytest.raises(ValueError, match="saved: expected x as it was") if not check else nullcontext():
+            sbn.backward(dy, layer.saved)
+        x[...] = keep
+        layer.backward(dy)
+    layer.check = False
+    layer(x)
+    doubled()
+    layer.backward(dy)
+
+
+def test_an_x_that_was_copied_may_change(rng):
+    x, dy = rng.normal(size=(2, 8, 3, 110, 200)).astype(np.float32)[..., ::2]
+    layer = SampledBatchNorm(3, check=True)
+    layer(x)
+    expected = sbn.backward(dy, layer.saved).x
+    x *= 2
+    assert (layer.backward(dy) == expected).all()
 
 
 def test_without_tracking_evaluation_uses_the_batch(rng):

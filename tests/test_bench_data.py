@@ -50,7 +50,39 @@ def test_idx_files_are_read(tmp_path, arrays, zipped):
     np.testing.assert_allclose(got.x_test[:, 0], (arrays[IMAGES_TEST] - mean) / deviation, atol=1e-6)
     np.testing.assert_array_equal(got.labels, arrays[LABELS])
     np.testing.assert_array_equal(got.labels_test, arrays[LABELS_TEST])
-    assert len(got.first(4).x) == len(got.first(4).labels) == 4 and len(got.first(4).x_test) == 5
+
+
+def made(labels, labels_test):
+    rng = np.random.default_rng(0)
+    images = [rng.normal(size=(len(each), 1, 2, 2)) for each in (labels, labels_test)]
+    return data.Data("made", images[0], np.asarray(labels), images[1], np.asarray(labels_test), 10)
+
+
+@pytest.mark.parametrize("sorted_by", ["class", "nothing"])
+def test_a_subset_holds_every_class_in_its_share(sorted_by, rng):
+    labels = np.repeat(np.arange(10), [500, 500, 400, 400, 300, 300, 200, 200, 100, 100])
+    labels = labels if sorted_by == "class" else rng.permutation(labels)
+    whole = made(labels, np.arange(10))
+    for count in (30, 160, 999, 3000):
+        part = whole.subset(count)
+        share = np.bincount(labels) * count / 3000
+        assert len(part.x) == len(part.labels) == count and len(part.x_test) == 10
+        assert (np.abs(np.bincount(part.labels, minlength=10) - share) <= 1).all()
+        rows = [np.flatnonzero((whole.x == x).all((1, 2, 3))) for x in part.x]
+        assert len({int(row[0]) for row in rows}) == count  # each once
+        assert (labels[np.concatenate(rows)] == part.labels).all()
+        assert (whole.subset(count).x == part.x).all()
+    assert (whole.subset(3000).x == whole.x).all()
+
+
+def test_classes_that_are_not_trained_on_are_refused(tmp_path, arrays):
+    put(tmp_path, arrays)
+    with pytest.raises(data.BadData, match=r"of the 3 classes .* got images of class 3 too"):
+        data.load(tmp_path).subset(12)
+    rare = made([0] * 99 + [7], [0, 7])
+    with pytest.raises(data.BadData, match=r"--images: .* each of the 2 classes, got 4 without class 7"):
+        rare.subset(4)
+    assert set(rare.subset(100).labels) == {0, 7}
 
 
 MALFORMED = {

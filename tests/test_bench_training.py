@@ -189,7 +189,7 @@ def test_every_suite_names_what_there_is(name):
 
 
 def test_full_sampling_learns_as_pytorch_does(small):
-    few, settings = data.load("digits").first(64), trainee.Settings(batch=16)
+    few, settings = data.load("digits").subset(64), trainee.Settings(batch=16)
     batch = settings.tensors(few.x[:16], few.labels[:16])
     network = build("resnet", 1, 10, 0)
     pair = trainee.converted(network, sbn.Full(), 0), network
@@ -233,6 +233,7 @@ def test_wrong_options_are_refused(wrong, capsys):
     (["--gradients", "none"], "--gradients: expected exact, sampled, detached, got 'none'"),
     (["--norms", "full,xs/3"], "--norms: expected full, .* got 'xs/3'"),
     (["--images", "1298"], "--images: expected at most the 1297 of .* digits, got 1298"),
+    (["--images", "8", "--batches", "4"], "--images: .* each of the 10 classes, got 8 without"),
     (["--images", "8", "--batches", "9"], "--batches: expected at most the 8 images there are, got 9"),
 ])  # fmt: skip
 def test_what_there_is_not(small, wrong, complaint):

@@ -2,6 +2,8 @@
 
 import math
 
+import array_api_strict as xp
+import foreign
 import numpy as np
 import pytest
 
@@ -85,6 +87,22 @@ def test_virtual_samples_are_held_against_the_real_ones(rng):
     real, virtual = x[:16], x[16:]
     expected = (virtual.mean((0, 2, 3)) - real.mean((0, 2, 3))) / np.sqrt(real.var((0, 2, 3)) + 1e-5)
     np.testing.assert_allclose(found.mean_errors, abs(expected))
+
+
+@pytest.mark.parametrize("kind", [xp.asarray, foreign.Array])
+def test_arrays_that_cannot_be_cut(independent, kind):
+    for sampler in (sbn.BatchSampling(4), sbn.VirtualSamples(3), sbn.Full()):
+        got, expected = sbn.fidelity(kind(independent), sampler), sbn.fidelity(independent, sampler)
+        assert (got.mean_errors == expected.mean_errors).all() and got.count == expected.count
+        assert (got.std_errors == expected.std_errors).all()
+    assert sbn.suggest(kind(independent)) == sbn.suggest(independent)
+
+
+def test_estimates_have_no_gradient_that_could_get_lost(independent):
+    torch = pytest.importorskip("torch")
+    x = torch.from_numpy(independent).requires_grad_()
+    sampler = sbn.BatchSampling(2)
+    assert sbn.fidelity(x, sampler).error == sbn.fidelity(independent, sampler).error
 
 
 def test_suggest_returns_the_cheapest_that_will_do(correlated):

@@ -98,6 +98,17 @@ def test_correct_batch_norm_passes(shape: tuple[int, ...], scale: float, offset:
     assert str(report).startswith(f"gradients agree in {report.checks} checks; the worst is ")
 
 
+@pytest.mark.parametrize("offset", [1e6, 1e7, 1e8, 1e9, 1e10, 1e11])
+@pytest.mark.parametrize("scale", [1e-3, 1, 1e3])
+def test_correct_batch_norm_far_from_zero_passes(scale: float, offset: float) -> None:
+    """The step took such data for a constant."""
+    inputs = bn_inputs(4, 3, 5, scale=scale, offset=offset)
+    check_gradients(bn, bn_backward, inputs, names=NAMES).raise_if_failed()
+    if offset <= 1e8:  # where there are digits enough to tell
+        report = check_gradients(bn, spoiled(scale_at(0, (3, 1, 2), 1.1)), inputs, names=NAMES)
+        assert not report and report.worst.name == "x" and report.worst.index == (3, 1, 2)
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1, 1e3])
 @pytest.mark.parametrize("seed", range(3))
 def test_correct_products_and_chains_pass(scale: float, seed: int) -> None:
@@ -402,6 +413,7 @@ SINE: tuple[Any, Any, Any] = (lambda x: (np.sin(x), x), lambda dy, x: [dy * np.c
     [
         ({"directions": -1}, "directions must be positive and finite, got -1"),
         ({"elementwise": -5}, "elementwise must be positive and finite, got -5"),
+        ({"outputs": 0}, "outputs must be 1 or more, got 0"),
         ({"directions": 0, "elementwise": 0}, "directions and elementwise are both 0"),
         ({"rtol": 0}, "rtol must be positive and finite, got 0"),
         ({"rtol": float("nan")}, "rtol must be positive and finite, got nan"),
@@ -414,6 +426,62 @@ SINE: tuple[Any, Any, Any] = (lambda x: (np.sin(x), x), lambda dy, x: [dy * np.c
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_gradients(*SINE, **options)
+
+
+@pytest.mark.parametrize("option", ["directions", "elementwise", "seed", "outputs"])
+@pytest.mark.parametrize("value", [2.5, 2.0, True, "2"])
+def test_counts_are_integers(option: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"^{option}: expected an integer, got {value!r}"):
+        check_gradients(*SINE, **{option: value})
+
+
+def two_outputs(x: Array, w: Array) -> tuple[Array, ...]:
+    return x * w, np.array(np.sum(np.sin(x)))
+
+
+def two_gradients(dy1: Array, dy2: Array, saved: tuple[Array, Array]) -> list[Array]:
+    x, w = saved
+    return [dy1 * w + dy2 * np.cos(x), dy1 * x]
+
+
+def test_several_outputs() -> None:
+    inputs = [np.random.default_rng(k).standard_normal((3, 4)) for k in range(2)]
+    options: dict[str, Any] = {"inputs": inputs, "names": ["x", "w"], "outputs": 2}
+
+    def forward(x: Array, w: Array) -> tuple[Any, ...]:
+        return *two_outputs(x, w), (x, w)
+
+    assert check_gradients(forward, two_gradients, **options)
+
+    def forgets_the_second(dy1: Array, dy2: Array, saved: tuple[Array, Array]) -> list[Array]:
+        return two_gradients(dy1, 0 * dy2, saved)
+
+    report = check_gradients(forward, forgets_the_second, **options)
+    assert not report and report.worst.name == "x" and report.by_input[1].excess <= 1
+    given = inputs[0], inputs[1]
+    assert check_gradients(two_outputs, lambda dy1, dy2: two_gradients(dy1, dy2, given), **options)
+
+
+def test_a_second_output_is_not_taken_for_saved() -> None:
+    """It was, and a backward that forgets it passed."""
+    x, w = np.random.default_rng(0).standard_normal((2, 3, 4))
+    with pytest.raises(TypeError, match="two float64 arrays: pass outputs=2 if both are"):
+        check_gradients(two_outputs, lambda dy, _: [dy * w, dy * x], [x, w])
+    as_saved: list[Any] = [lambda x, y: x, lambda x, y: y, lambda x, y: (y * 2,), lambda x, y: x > 0]
+    for saved in as_saved:
+
+        def forward(x: Array, saved: Any = saved) -> tuple[Array, Any]:
+            y = np.exp(x)
+            return y, saved(x, y)
+
+        assert check_gradients(forward, lambda dy, _: dy * np.exp(x), [x])
+    assert check_gradients(lambda x: (x * x, 2 * x), lambda dy, slope: dy * slope, [x], outputs=1)
+
+
+@pytest.mark.parametrize("outputs", [2, 3])
+def test_as_many_outputs_as_there_are(outputs: int) -> None:
+    with pytest.raises(TypeError, match=f"forward must return {outputs} outputs, .* got 1 values"):
+        check_gradients(lambda x: x, lambda *dys: dys[0], [X], outputs=outputs)
 
 
 @pytest.mark.parametrize(
@@ -437,7 +505,7 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
         (None, lambda dy, x: [dy * np.nan], {"w": X}, ValueError, "gradient of w is .* not finite"),
         (None, lambda dy, x: [dy.astype("f4")], {"w": X}, TypeError, "gradient of w must be a flo"),
         (None, lambda dy, x: [dy, dy], {"w": X}, ValueError, r"\['w'\], got 2 \(in list\)"),
-        (None, lambda dy, x: {"v": dy}, {"w": X}, ValueError, r"\['w'\], got 0 \(in dict\)"),
+        (None, lambda dy, x: {"v": dy}, {"w": X}, ValueError, r"got 0 \(in dict\), under the names \['v'\]"),
         (None, lambda dy, x: None, {"w": X}, ValueError, "backward returned None for every input"),
         (
             None,

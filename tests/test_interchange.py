@@ -1,6 +1,11 @@
 """Any CPU array that speaks DLPack: the caller's own type back, without a copy."""
 
+import re
+import subprocess
+import sys
+
 import array_api_strict as xp
+import foreign
 import ml_dtypes
 import numpy as np
 import pytest
@@ -44,6 +49,80 @@ def test_bfloat16_is_stored_as_it_is(rng):
     assert saved.statistics.mean.dtype == np.float32 and np.shares_memory(saved.x, x)
 
 
+ARGUMENTS = "x", "weight", "residual", "out", "running_mean", "dy"
+
+
+def called_with(name, kind, x):
+    """Call with one argument of a foreign kind; return what must not have changed."""
+    arrays = {
+        "x": x, "weight": np.ones(3, x.dtype), "residual": x.copy(), "out": x.copy(),
+        "running_mean": np.zeros(3, x.dtype), "running_var": np.ones(3, x.dtype),
+    }  # fmt: skip
+    if name == "dy":
+        saved = sbn.forward(x)[1]
+        return arrays, lambda: sbn.backward(kind(x), saved)
+    given = arrays | {name: kind(arrays[name])}
+    return arrays, lambda: sbn.batch_norm(**given, training=True)
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+@pytest.mark.parametrize(("kind", "message"), [
+    (foreign.Deviceless, r"Deviceless without __dlpack_device__: pass numpy\.asarray\({name}\), outside"),
+    (foreign.Tracer, r"Tracer without __dlpack_device__: pass numpy\.asarray\({name}\), outside"),
+    (foreign.Typeless, r"Typeless without dtype; pass one .* numpy\.asarray\({name}\)"),
+    (foreign.Deleted, r"Array has been deleted; pass one with its values in memory"),
+    (list, "list"),
+])  # fmt: skip
+def test_what_is_no_array_is_named(rng, name, kind, message):
+    x = rng.normal(size=(8, 3, 5)).astype(np.float32)
+    arrays, call = called_with(name, kind, x)
+    before = {each: array.copy() for each, array in arrays.items()}
+    message = message.replace("{name}", name)
+    with pytest.raises(TypeError, match=f"^{name}: expected an array .* got:? {message}"):
+        call()
+    assert all((arrays[each] == array).all() for each, array in before.items())
+
+
+@pytest.mark.parametrize("name", ["weight", "running_mean"])
+def test_pyarrows_arrays_are_named(rng, name):
+    pa = pytest.importorskip("pyarrow")
+    x = rng.normal(size=(8, 3, 5)).astype(np.float32)
+    _, call = called_with(name, lambda array: pa.array(array), x)
+    with pytest.raises(TypeError, match=rf"^{name}: .* without dtype; pass one .* numpy\.asarray\({name}\)"):
+        call()
+
+
+def test_jaxs_arrays():
+    jax = pytest.importorskip("jax")
+    x = jax.numpy.asarray(np.random.default_rng(0).normal(size=(8, 3, 5)), "float32")
+    y, saved = sbn.forward(x)
+    assert type(y) is type(x) is type(sbn.backward(x, saved).x)
+    for trace in (jax.jit, jax.grad):
+        with pytest.raises(TypeError, match=r"^x: expected an array .* without __dlpack_device__"):
+            trace(lambda x: sbn.forward(x)[0].sum())(x)
+    with pytest.raises(ValueError, match=r"^out: expected a writeable array, got a read-only one"):
+        sbn.forward(x, out=x + 1)
+    x.delete()
+    with pytest.raises(TypeError, match=r"^x: expected an array that DLPack can export, .* values in memory"):
+        sbn.forward(x)
+
+
+def test_without_numbas_compiler_nothing_is_computed():
+    code = """
+import os
+os.environ["NUMBA_DISABLE_JIT"] = "1"
+import numpy as np, sbncore as sbn
+mean, var = np.zeros(3), np.ones(3)
+for _ in range(2):
+    try:
+        sbn.batch_norm(np.ones((4, 3, 5)), mean, var, training=True)
+    except RuntimeError as complaint:
+        print(complaint, mean.any())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert len(re.findall("NUMBA_DISABLE_JIT is set: unset it.* False", done.stdout)) == 2
+
+
 class TestTorch:
     torch = None
 
@@ -64,7 +143,10 @@ class TestTorch:
         x.requires_grad_()
         weight, bias = torch.rand(2, 3, generator=generator, dtype=torch.float64).to(parameter)
         mean, var = torch.zeros(3, dtype=parameter), torch.ones(3, dtype=parameter)
-        y, saved = sbn.batch_norm(x, mean, var, weight, bias, training=True, momentum=0.3)
+        with torch.no_grad():
+            y, saved = sbn.batch_norm(x, mean, var, weight, bias, training=True, momentum=0.3)
+            assert sbn.backward(torch.ones_like(x), saved).x.dtype == kind
+        x = x.detach()
         true = torch.nn.BatchNorm2d(3, momentum=0.3, dtype=torch.float64)
         with torch.no_grad():
             true.weight.copy_(weight)
@@ -110,8 +192,94 @@ class TestTorch:
         with pytest.raises(TypeError, match="x: expected dtype"):
             sbn.forward(torch.ones(4, 3, dtype=torch.complex64))
         for exportless in (torch.ones(4, 3).to_sparse(), torch.ones(4, 3, device="meta")):
-            with pytest.raises(TypeError, match="x: expected an array that DLPack can export, got: "):
+            with pytest.raises(TypeError, match=r"x: expected an array that DLPack can export, got: "):
                 sbn.forward(exportless)
+
+    def test_negative_and_conjugate_views(self):
+        torch = self.torch
+        z = torch.randn(8, 3, 5, dtype=torch.complex64)
+        negative = z.conj().imag
+        assert negative.is_neg()
+        expected, saved = sbn.forward(negative.clone())
+        assert torch.equal(sbn.forward(negative)[0], expected)
+        assert torch.equal(sbn.forward(z.real, residual=negative)[0], sbn.forward(z.real)[0] + negative)
+        dx = sbn.backward(negative.clone(), saved).x
+        assert torch.equal(sbn.backward(negative, sbn.forward(negative)[1]).x, dx)
+        vector = torch.randn(3, dtype=torch.complex64).conj().imag
+        y = sbn.forward(negative, vector, vector)[0]
+        assert torch.equal(y, sbn.forward(negative, vector.clone(), vector.clone())[0])
+        assert torch.equal(sbn.moments(negative).mean, sbn.moments(negative.clone()).mean)
+        statistics = sbn.Statistics(vector, vector.abs())
+        plain = sbn.normalize(negative.clone(), sbn.Statistics(vector.clone(), vector.abs()))
+        assert torch.equal(sbn.normalize(negative, statistics), plain)
+        before = z.clone()
+        for call in (
+            lambda: sbn.forward(z.real.clone(), out=negative),
+            lambda: sbn.backward(z.real.clone(), saved, out=negative),
+            lambda: sbn.batch_norm(z.real, vector, torch.ones(3), training=True),
+        ):
+            with pytest.raises(ValueError, match="expected memory as it is read, got a negative"):
+                call()
+        assert torch.equal(z, before)
+        with pytest.raises(TypeError, match=r"x: expected dtype .* got complex64"):
+            sbn.forward(z.conj())
+
+    def test_what_autograd_follows_is_refused(self):
+        torch = self.torch
+        x, weight = torch.randn(8, 3, 5), torch.nn.Parameter(torch.ones(3))
+        leaf, ones, mean, var = x.clone().requires_grad_(), torch.ones(3), torch.zeros(3), torch.ones(3)
+        saved, plan = sbn.forward(x)[1], sbn.Prior(0.5).plan(x.shape)
+        calls = {
+            "x": lambda: sbn.forward(leaf),
+            "weight": lambda: sbn.batch_norm(x, mean, var, weight, training=True),
+            "bias": lambda: sbn.forward(x, bias=weight),
+            "residual": lambda: sbn.forward(x, residual=leaf),
+            "out": lambda: sbn.forward(x, out=leaf),
+            "dy": lambda: sbn.backward(leaf, saved),
+            "running_mean": lambda: sbn.batch_norm(x, weight, var, training=True),
+            "running_var": lambda: sbn.batch_norm(x, mean, weight),
+            "mean": lambda: sbn.forward(x, plan=plan, prior=sbn.Statistics(weight, ones)),
+            "var": lambda: sbn.normalize(x, sbn.Statistics(ones, weight)),
+            "dx": lambda: sbn.repair(leaf, x, saved, ones, ones),
+            "dweight": lambda: sbn.repair(torch.empty(8, 3, 5), x, saved, weight, ones),
+        }
+        for name, call in calls.items():
+            expected = rf"^{name}: .* a layer of sbncore\.adapters\.torch, or pass {name}\.detach\(\)"
+            with pytest.raises(TypeError, match=expected):
+                call()
+            assert torch.equal(mean, torch.zeros(3)) and torch.equal(var, torch.ones(3))
+        y = sbn.forward(leaf.detach(), weight.detach())[0]
+        with torch.no_grad():
+            assert torch.equal(sbn.forward(leaf, weight)[0], y)
+        with torch.inference_mode():
+            assert torch.equal(sbn.forward(leaf, weight)[0], y)
+            assert torch.equal(sbn.forward(leaf + 0, weight)[0], y)
+
+    def test_tensors_without_memory_of_their_own(self):
+        torch = self.torch
+        from torch._subclasses import FakeTensorMode
+
+        x = torch.randn(8, 3, 5)
+        fake = FakeTensorMode().from_tensor(x)
+        mean, var = torch.zeros(3), torch.ones(3)
+        for call in (
+            lambda: sbn.forward(fake),
+            lambda: sbn.forward(x, FakeTensorMode().from_tensor(mean)),
+            lambda: sbn.batch_norm(x, mean, var, training=True, out=fake),
+            lambda: sbn.moments(fake),
+        ):
+            with pytest.raises(TypeError, match="expected a tensor with memory of its own, got FakeTensor"):
+                call()
+        assert not mean.any()
+        for transform in (
+            torch.func.functionalize, torch.func.vmap, lambda f: lambda t: torch.func.jvp(f, (t,), (t,)),
+            torch.func.grad,
+        ):  # fmt: skip
+            with pytest.raises(TypeError, match=r"^x: expected"):
+                transform(lambda t: sbn.forward(t)[0].sum())(x)
+        zero = torch._efficientzerotensor((8, 3, 5))
+        with pytest.raises(TypeError, match=r"x: expected an array that DLPack can export, got: "):
+            sbn.forward(zero)
 
     @pytest.mark.parametrize("shape", [(0, 3, 4), (3, 3), (1, 3, 4)])
     def test_full_is_torchs_batch_norm_in_float64(self, shape):

@@ -313,6 +313,7 @@ def test_the_short_way_is_dlpacks(dtype, monkeypatch):
     for tensor in tensors:
         given = tensor.detach().to(KINDS[dtype])
         given = nn.Parameter(given) if isinstance(tensor, nn.Parameter) else given
+        given.requires_grad_(False)
         short = arrays.borrow(given, "x")
         assert exchange.view_of(given) is not None
         back = arrays.give(short, given)

@@ -7,7 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from numba import njit
+from numba import config, njit
+
+if getattr(config, "DISABLE_JIT", 0):  # what intrinsics say of it nobody understands
+    raise RuntimeError("sbncore's CPU engine is compiled, and NUMBA_DISABLE_JIT is set: unset it")
 
 _FILES = sorted(Path(__file__).parent.glob("*.py"))
 _SOURCES = tuple((path.name, path.stat().st_mtime, path.stat().st_size) for path in _FILES)

@@ -1,0 +1,147 @@
+"""Arrays of other frameworks: what DLPack exports, whether it may be written, and which way leads back."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+IMMUTABLE = "jax", "jaxlib", "tensorflow"  # frameworks whose arrays never change, whatever their capsules say
+PROTOCOL = "__dlpack__", "__dlpack_device__"
+
+_READ_ONLY, _IS_COPIED = 1, 2
+_FLAGS = 8 + 2 * ctypes.sizeof(ctypes.c_void_p)  # behind the version, the manager's context and the deleter
+_VERSIONED = b"dltensor_versioned"
+_is_valid = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_IsValid", ctypes.pythonapi)
+)
+_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
+_ways: dict[tuple[type, np.dtype], Callable[[Any], Any]] = {}
+
+
+def exportable(array: Any, name: str, written: bool) -> Any:
+    """Return the caller's array as DLPack can export it: of a tensor, without what DLPack does not carry.
+
+    Raises:
+        TypeError: if it is no array with memory, or a tensor that autograd follows.
+        ValueError: if it is to be written, and never is.
+    """
+    missing = [part for part in PROTOCOL if not hasattr(array, part)]
+    if missing:
+        came = type(array).__name__
+        if missing[0] != PROTOCOL[0]:
+            came += f" without {missing[0]}: pass numpy.asarray({name}), outside of any tracing"
+        raise TypeError(f"{name}: expected an array (NumPy's or one with DLPack), got {came}")
+    if written and _framework(array) in IMMUTABLE:
+        raise ValueError(f"{name}: expected a writeable array, got a read-only one, {_framework(array)}'s")
+    torch = sys.modules.get("torch")
+    if isinstance(array, getattr(torch, "Tensor", ())):
+        return _tensor(torch, array, name, written)
+    return array
+
+
+def _tensor(torch: Any, tensor: Any, name: str, written: bool) -> Any:
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise TypeError(f"{name}: expected a tensor with memory of its own, got {type(tensor).__name__}")
+    if tensor.requires_grad:
+        if torch.is_grad_enabled():
+            raise TypeError(
+                f"{name}: expected a tensor that requires no gradient, since autograd does not see through "
+                f"sbncore's functions: use a layer of sbncore.adapters.torch, or pass {name}.detach()"
+            )
+        tensor = tensor.detach()
+    if tensor.is_neg() or tensor.is_conj():
+        if written:
+            raise ValueError(f"{name}: expected memory as it is read, got a negative or conjugate view")
+        tensor = tensor.resolve_conj().resolve_neg()
+    return tensor
+
+
+class Export:
+    """Stands between an exporter and an importer: asks for the memory itself, and notes what came.
+
+    ``refusal`` says why what came must not be written; a capsule from before DLPack 1.0 cannot tell.
+    """
+
+    def __init__(self, array: Any, written: bool) -> None:
+        self._array, self.written, self.refusal = array, written, ""
+
+    def __dlpack_device__(self) -> Any:
+        return self._array.__dlpack_device__()
+
+    def __dlpack__(self, **options: Any) -> Any:
+        if self.written and "max_version" in options:  # DLPack 1.0 brought both
+            options["copy"] = False
+        capsule = self._array.__dlpack__(**options)
+        if _is_valid(capsule, _VERSIONED):
+            flags = ctypes.c_uint64.from_address(_pointer(capsule, _VERSIONED) + _FLAGS).value
+            self.refusal = "a read-only one" if flags & _READ_ONLY else "a copy" if flags & _IS_COPIED else ""
+        return capsule
+
+
+def from_cpu(array: Any, export: Export) -> np.ndarray:
+    """Return NumPy's view of an array on the CPU.
+
+    Raises:
+        Exception: whatever the exporter raises; BufferError for a tensor whose storage was freed.
+    """
+    if hasattr(array, "data_ptr") and array.numel() and not array.data_ptr():
+        raise BufferError("a tensor without memory")
+    if not hasattr(array, "dtype"):
+        raise BufferError(f"{type(array).__name__} without dtype")
+    if isinstance(array.dtype, np.dtype) and array.dtype.name == "bfloat16":  # NumPy's DLPack cannot carry it
+        view = np.asarray(array, copy=False if export.written else None)
+        export.refusal = "" if view.flags.writeable else "a read-only one"
+        return view
+    return np.from_dlpack(export)
+
+
+def way_back(like: Any, storage: np.dtype) -> Callable[[Any], Any]:
+    """Return what makes an array of the type of ``like`` of NumPy's or CuPy's in a storage type.
+
+    By the ``from_dlpack`` of the type's module, which is tried once; a type without one gets NumPy's arrays.
+    """
+    key = type(like), storage
+    if key not in _ways:
+        _ways[key] = _found(like, storage)
+    return _ways[key]
+
+
+def _found(like: Any, storage: np.dtype) -> Callable[[Any], Any]:
+    xp, dtype = namespace(like), like.dtype
+    numpys = isinstance(dtype, np.dtype)
+    element = {"i2": np.dtype("f2"), "u2": dtype if numpys else storage}.get(storage.str[1:], storage)
+
+    def back(result: Any) -> Any:
+        if storage != np.uint16:
+            return xp.from_dlpack(result.view(element))
+        if numpys:
+            return xp.asarray(result.view(element))
+        return xp.from_dlpack(result).view(dtype)
+
+    try:
+        back(np.zeros(1, storage))
+    except Exception:  # whatever it is that the framework lacks
+        return lambda result: result.view(element)
+    return back
+
+
+def detached(array: Any) -> Any:
+    """Return an array without the history that PyTorch keeps of it."""
+    return array.detach() if hasattr(array, "detach") else array
+
+
+def namespace(array: Any) -> Any:
+    """Return the module of an array's functions, or None."""
+    if hasattr(array, "__array_namespace__"):
+        return array.__array_namespace__()
+    return sys.modules.get(_framework(array))
+
+
+def _framework(array: Any) -> str:
+    return type(array).__module__.partition(".")[0]
