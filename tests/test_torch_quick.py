@@ -11,7 +11,8 @@ torch = pytest.importorskip("torch")
 
 import sbncore as sbn  # noqa: E402
 from sbncore.adapters.torch import SampledBatchNorm2d, names, quick  # noqa: E402
-from sbncore.cpu import draws, pages  # noqa: E402
+from sbncore.cpu import draws, kernels, pages  # noqa: E402
+from sbncore.cpu.names import DRAWS  # noqa: E402
 from sbncore.hashing import stream_key  # noqa: E402
 
 QUICK = {"full", "run", "runs", "patch", "samples", "strided"}
@@ -61,6 +62,7 @@ def test_both_ways_give_the_same_bits(name, dtype, monkeypatch):
 
 
 def test_compiled_draws_are_the_plans():
+    kernels.functions(*DRAWS)
     for shape in [(16, 3, 7, 7), (5, 3, 9, 11), (6, 3)]:
         for step in range(20):
             draw = (-3, 2**62, step)

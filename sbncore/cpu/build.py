@@ -1,8 +1,12 @@
-"""Compile kernels by Numba."""
+"""Compile kernels by Numba: ``python -m sbncore.cpu.build FOLDER NAME...``, of `sbncore.cpu.names`."""
 
 from __future__ import annotations
 
+import os
+import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,3 +50,17 @@ def entry(kernel: Kernel) -> Callable[[Any], None]:
         body(r, dx, memory(r.dresidual, size, residual), dy, x, mask, relu)
 
     return {"forward": forward, "backward": backward}[kernel.direction]
+
+
+def write(folder: Path, name: str) -> None:
+    """Compile a function into a file, for other processes to find, whole or not at all."""
+    code = object_code(name)
+    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+        file.write(code)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, folder / f"{name}.o")
+
+
+if __name__ == "__main__":
+    for name in sys.argv[2:]:
+        write(Path(sys.argv[1]), name)

@@ -7,7 +7,7 @@ from ctypes import addressof
 
 import numpy as np
 
-from sbncore.cpu.kernels import function
+from sbncore.cpu.kernels import compiled
 from sbncore.cpu.record import Draw, address
 from sbncore.plans import MapPlaces, Plan, Runs, WholeSamples
 
@@ -46,9 +46,12 @@ def drawing(recipe: Plan) -> Callable[[int, int, int], Runs]:
             "positions": part.positions, "run": length, "stride": part.stride, "align": part.align,
             "common": part.common,
         }  # fmt: skip
-    template, places = bytes(Draw(**fixed)), function(name)
+    template = bytes(Draw(**fixed))
 
     def draw(seed: int, layer: int, step: int) -> Runs:
+        places = compiled(name)
+        if places is None:  # by a process's first kernel
+            return recipe.drawn(seed, layer, step).runs
         record, room = Draw.from_buffer_copy(template), np.empty((3, most), np.int64)
         record.seed, record.layer, record.step = seed, layer, step
         record.begin = first = address(room)

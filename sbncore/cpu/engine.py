@@ -186,7 +186,10 @@ class Engine:
         residual: bool, runs: Runs, everything: bool,
     ) -> None:  # fmt: skip
         """Give the record its runs, mask and scratch memory, and run its kernel on it."""
-        kernel = kernels.kernel(self.memory, direction, x.dtype.char, relu, residual, mask is not None)
+        trains = direction == "forward" and len(runs.begin) > 0
+        kernel = kernels.kernel(
+            self.memory, direction, x.dtype.char, relu, residual, mask is not None, trains
+        )
         if mask is not None:
             record.mask, record.mask_size = address(mask), mask.size
         begin, length, share = runs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import product
 from typing import NamedTuple
 
@@ -32,13 +32,14 @@ class Kernel(NamedTuple):
         return cls(memory, direction, dtype, *(o in options for o in ("relu", "residual", "mask")))
 
 
-def names(memories: Iterable[str] = MEMORIES, dtypes: Iterable[str] = tuple(DTYPES)) -> Iterator[str]:
-    """Yield the names of all functions, or of those for some layouts of memory and some dtypes."""
-    yield from DRAWS
+def names(memories: Iterable[str] = MEMORIES, dtypes: Iterable[str] = tuple(DTYPES)) -> list[str]:
+    """Return the names of all functions, or of those for some layouts of memory and some dtypes."""
+    found = [*DRAWS]
     for memory, dtype in product(memories, dtypes):
         for relu, residual, mask in product((False, True), repeat=3):
             if not mask or (relu and residual):
-                yield str(Kernel(memory, "forward", dtype, relu, residual, mask))
+                found.append(str(Kernel(memory, "forward", dtype, relu, residual, mask)))
         for relu, residual, mask in product((False, True), repeat=3):
             if mask <= relu and residual <= mask:
-                yield str(Kernel(memory, "backward", dtype, relu, residual, mask))
+                found.append(str(Kernel(memory, "backward", dtype, relu, residual, mask)))
+    return found
