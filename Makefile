@@ -1,4 +1,4 @@
-# make demo | test | bench | lint | clean   (make test TORCH=: without PyTorch)
+# make demo | test | bench | lint | wheel | clean   (make test TORCH=: without PyTorch)
 # make gpu, on a machine with a GPU: its tests and its benchmark, by a Python that has CuPy, PyTorch and pytest
 # Everything runs in .venv, made on first use: PYTHON picks the interpreter, ARGS goes to the command.
 
@@ -15,7 +15,7 @@ PIP  := $(PY) -m pip --disable-pip-version-check
 unexport PYTHONPATH PYTHONHOME
 .NOTPARALLEL:
 
-.PHONY: demo test gpu bench lint clean
+.PHONY: demo test gpu bench lint wheel clean
 
 demo: $(VENV)/bench.stamp
 	$(PY) -m bench.demo $(ARGS)
@@ -34,8 +34,15 @@ lint: $(VENV)/test.stamp
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
+# With compiled kernels for these kinds of CPU; it takes minutes.
+CPUS ?= x86-64-v3 x86-64-v4
+wheel: $(VENV)/test.stamp
+	rm -rf sbncore/cpu/objects
+	$(PY) -m sbncore warmup --cpu $(CPUS) --dtype float64 float32 float16 bfloat16 --folder sbncore/cpu/objects
+	$(PIP) wheel --no-deps --wheel-dir dist .
+
 clean:
-	rm -rf $(VENV) build dist out *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist out sbncore/cpu/objects *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/torch.stamp: | $(VENV)/venv.stamp

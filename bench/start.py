@@ -1,9 +1,9 @@
 """What starting costs on the CPU: imports, and first calls, which compile kernels or find them compiled.
 
 Every figure is of new processes over a copy of the package. A call is a forward, its plan drawn, and the
-backward; in inference `sbn.batch_norm` alone. The first also imports Numba and the engine. It is cold where
-the kernels' cache is empty, and warm where another process filled it; the second is that of a warm process.
-A kernel counts once for each signature it is compiled for. All results agreed with the float64 reference.
+backward; in inference `sbn.batch_norm` alone. The first also imports the engine. A wheel holds the kernels
+for this kind of CPU (`make wheel`); a checkout's are compiled by the first process (cold) and kept for the
+others (warm). The second call is that of a warm process. All results agreed with the float64 reference.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import sbncore as sbn
 from bench import cases, peers, report
 from bench.problems import folder_option
 from bench.progress import Progress
+from sbncore.cpu import kernels
 
 ROOT = Path(__file__).parents[1]
 RUNS = 5  # processes that a figure is the median of; cold, one
@@ -56,7 +57,8 @@ def main(arguments: list[str]) -> None:
     chosen, runs = (QUICK, 1) if options.quick else (EVERY, RUNS)
     where, command = report.machine(sbn.get_num_threads()), " ".join(["python -m bench start", *arguments])
     with TemporaryDirectory() as folder:
-        fresh = Fresh(Path(folder), Progress((len(IMPORTS) + len(chosen)) * runs + len(chosen) + 1))
+        steps = len(IMPORTS) * runs + len(chosen) * (1 + 2 * runs) + 1
+        fresh = Fresh(Path(folder), Progress(steps))
         tables = [*imports(fresh, runs), "", *first_calls(fresh, chosen, runs)]
     lines = ["# Starting on the CPU", "", f"{where} `{command}`.", "", str(__doc__).strip(), "", *tables]
     print("\n".join(lines))
@@ -66,18 +68,21 @@ def main(arguments: list[str]) -> None:
 
 
 class Fresh:
-    """New processes over a copy of the package, which nobody changes between them."""
+    """New processes over two copies of the package, a checkout's and a wheel's."""
 
     def __init__(self, folder: Path, progress: Progress) -> None:
-        self.folder, self.progress, self.package = folder, progress, folder / "sbncore"
-        ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(Path(sbn.__file__).parent, self.package, ignore=ignored)
+        self.folder, self.progress = folder, progress
+        self.objects = folder / "wheel" / "sbncore" / "cpu" / "objects"
+        for copy in ("checkout", "wheel"):
+            ignored = shutil.ignore_patterns("__pycache__", "objects")
+            shutil.copytree(Path(sbn.__file__).parent, folder / copy / "sbncore", ignore=ignored)
 
-    def run(self, code: str, cache: str, label: str) -> list[str]:
-        """Return the words that code printed, its kernels cached in that folder."""
-        place = str(self.folder / cache)
-        changed = {"NUMBA_CACHE_DIR": place, "XDG_CACHE_HOME": place}
-        changed["PYTHONPATH"] = os.pathsep.join([str(self.folder), str(ROOT)])
+    def run(self, code: str, copy: str, cache: str, label: str) -> list[str]:
+        """Return the words that code printed, its kernels kept in that folder."""
+        changed = {"SBNCORE_CACHE_DIR": str(self.folder / cache)}
+        changed["PYTHONPATH"] = os.pathsep.join([str(self.folder / copy), str(ROOT)])
+        if copy == "checkout":  # compiles what a wheel for this CPU holds
+            changed["NUMBA_CPU_NAME"] = kind_of_cpu()
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=self.folder, env=os.environ | changed, capture_output=True,
             text=True,
@@ -87,48 +92,61 @@ class Fresh:
         self.progress.step(label)
         return done.stdout.split()
 
-    def block(self) -> str:
-        """Leave Numba no place for a cache, on Linux, and return one that cannot be made.
+    def compiled(self, cache: str) -> int:
+        """Return how many functions have been compiled into a cache."""
+        return sum(1 for _ in (self.folder / cache).rglob("*.o"))
 
-        A folder below a plain file can be made by nobody, root included.
-        """
-        beside = self.package / "cpu" / "__pycache__"
-        shutil.rmtree(beside, ignore_errors=True)
-        for file in (beside, self.folder / "file"):
-            file.touch()
-        return "file/cache"
+    def ship(self, cache: str) -> None:
+        """Put what a cache holds into the wheel."""
+        shutil.copytree(self.folder / cache, self.objects, dirs_exist_ok=True)
+
+
+def kind_of_cpu() -> str:
+    """Return the best kind that a wheel has kernels for, or this CPU itself."""
+    name, features = kernels.cpu()
+    return next((level for level, needed in kernels.LEVELS.items() if kernels.has(features, needed)), name)
 
 
 def imports(fresh: Fresh, runs: int) -> list[str]:
     """Return the table of imports."""
     lines = []
     for name in IMPORTS:
-        told = [fresh.run(IMPORT.format(name), f"imports/{name}", f"import {name}") for _ in range(runs)]
-        cached = sum(1 for _ in (fresh.folder / "imports" / name).rglob("*.nbc"))
+        code, place, label = IMPORT.format(name), f"imports/{name}", f"import {name}"
+        told = [fresh.run(code, "wheel", place, label) for _ in range(runs)]
         seconds = median(float(each[0]) for each in told)
-        lines.append([f"`import {name}`", told[0][1], f"{seconds:.2f}", str(cached)])
-    return report.markdown(["", "Numba is loaded", "seconds", "kernels compiled"], lines, text=2)
+        lines.append([f"`import {name}`", told[0][1], f"{seconds:.2f}", str(fresh.compiled(place))])
+    return report.markdown(["", "Numba is loaded", "seconds", "functions compiled"], lines, text=2)
 
 
 def first_calls(fresh: Fresh, chosen: list[tuple[str, str]], runs: int) -> list[str]:
     """Return the table of calls; its last line is one for which there is no place to write a cache."""
-    titles = ["layout", "option", "cold, s", "kernels compiled", "warm, s", "kernels compiled"]
+    titles = ["layout", "option", "wheel, s", "checkout cold, s", "functions compiled", "checkout warm, s"]
     lines = []
     for layout, option in chosen:
         code, label = CALLS.format(layout, option), f"channels-{layout}, {option}"
-        cold, *warm = (fresh.run(code, label, label) for _ in range(1 + runs))
-        again, second = (median(float(each[k]) for each in warm) for k in (0, 1))
-        cells = [f"{float(cold[0]):.2f}", cold[2], f"{again:.2f}", warm[0][2], f"{1e3 * second:.2f}"]
-        lines.append([f"channels-{layout}", option, *cells, str(max(int(each[3]) for each in (cold, *warm)))])
+        cold, *warm = (fresh.run(code, "checkout", label, label) for _ in range(1 + runs))
+        compiled = fresh.compiled(label)
+        fresh.ship(label)
+        wheel = [fresh.run(code, "wheel", "wheel's cache", label) for _ in range(runs)]
+        if fresh.compiled("wheel's cache"):
+            sys.exit(f"{label}: failed, the wheel's kernels were compiled anew")
+        first, again, second = (
+            median(float(each[k]) for each in told) for told, k in ((wheel, 0), (warm, 0), (warm, 1))
+        )
+        cells = [f"{first:.2f}", f"{float(cold[0]):.2f}", str(compiled), f"{again:.2f}"]
+        cells.append(f"{1e3 * second:.2f}")
+        warned = max(int(each[2]) for each in (cold, *warm, *wheel))
+        lines.append([f"channels-{layout}", option, *cells, str(warned)])
     layout, option = chosen[0]
-    told = fresh.run(CALLS.format(layout, option), fresh.block(), "no cache")
-    cells = [f"{float(told[0]):.2f}", told[2], "", "", f"{1e3 * float(told[1]):.2f}", told[3]]
+    (fresh.folder / "file").touch()  # below a plain file nothing can be made, even by root
+    told = fresh.run(CALLS.format(layout, option), "checkout", "file/cache", "no cache")
+    cells = ["", f"{float(told[0]):.2f}", "", "", f"{1e3 * float(told[1]):.2f}", told[2]]
     lines.append([f"channels-{layout}", f"{option}, no writable cache", *cells])
     return report.markdown([*titles, "second call, ms", "warnings"], lines, text=2)
 
 
 def calls(layout: str, option: str) -> None:
-    """Print, in a new process, two calls' seconds, the kernels compiled and the warnings, and judge.
+    """Print, in a new process, two calls' seconds and the number of warnings, and judge.
 
     Raises:
         WrongResult: if the result differs from the reference.
@@ -143,7 +161,7 @@ def calls(layout: str, option: str) -> None:
             one.forward()
             one.backward()
             seconds.append(time.perf_counter() - begin)
-    print(*seconds, compiled(), len(caught))
+    print(*seconds, len(caught))
     cases.verify(one, data, cases.TOLERANCE[data.case.dtype])
 
 
@@ -165,12 +183,3 @@ class Inference(peers.Ours):
 
     def weights(self) -> np.ndarray:
         return sbn.Full().plan(self.data.case.shape).weights()
-
-
-def compiled() -> int:
-    """Return how many kernels this process compiled."""
-    from numba.core.dispatcher import Dispatcher
-
-    modules = [module for name, module in sys.modules.items() if name.startswith("sbncore.cpu.")]
-    kernels = {one for module in modules for one in vars(module).values() if isinstance(one, Dispatcher)}
-    return sum(kernel.stats.cache_misses.total() for kernel in kernels)

@@ -26,19 +26,17 @@ def test_quick(tmp_path):
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     found = {tuple(row[:2]): row[2:] for row in rows}
     for name in start.IMPORTS:
-        loaded = name in ("numba", "sbncore.cpu.phases")
+        loaded = name == "numba"
         seconds, compiled = found[f"`import {name}`", str(loaded)]
         assert 0 < float(seconds) < 60 and compiled == "0"
     for layout, option in start.QUICK:
-        cold, compiled, warm, again, second, warnings = found[f"channels-{layout}", option]
-        assert float(cold) > float(warm) > 1e-3 * float(second) > 0
-        assert int(compiled) > 0 and again == warnings == "0"
+        wheel, cold, compiled, warm, second, warnings = found[f"channels-{layout}", option]
+        assert float(cold) > float(warm) > 1e-3 * float(second) > 0 and float(cold) > float(wheel) > 0
+        assert int(compiled) == (1 if option == "inference" else 4) and warnings == "0"
     layout, option = start.QUICK[0]
     key = f"channels-{layout}", f"{option}, no writable cache"
-    cold, compiled, _, _, second, warnings = found[key]
-    assert float(cold) > 1e-3 * float(second) > 0
-    if sys.platform == "linux":
-        assert compiled == found[key[0], option][1] and warnings == "1"
+    _, cold, _, _, second, warnings = found[key]
+    assert float(cold) > 1e-3 * float(second) > 0 and warnings == "1"
     assert len(rows) == 4 + len(start.IMPORTS) + len(start.QUICK) + 1  # with the titles and rules
 
 
@@ -54,8 +52,8 @@ def test_a_wrong_result_is_told_and_nothing_written(tmp_path, monkeypatch):
 @pytest.mark.parametrize("layout", ["first", "last"])
 def test_every_case_is_called_and_judged(monkeypatch, capsys, layout, option):
     start.calls(layout, option)
-    first, second, compiled, _ = capsys.readouterr().out.split()
-    assert float(first) > 0 and float(second) > 0 and int(compiled) >= 0
+    first, second, _ = capsys.readouterr().out.split()
+    assert float(first) > 0 and float(second) > 0
     monkeypatch.setattr(start.cases, "TOLERANCE", dict.fromkeys(start.cases.TOLERANCE, 0.0))
     with pytest.raises(start.cases.WrongResult, match=f"on 16×64×.* channels-{layout} .*is off by"):
         start.calls(layout, option)

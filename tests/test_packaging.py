@@ -12,6 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
+OBJECT = "sbncore/cpu/objects/linux-x86-64-v3-0123/map_places.o"
+
 needs_build = pytest.mark.skipif(
     not all(map(find_spec, ("pip", "setuptools", "wheel"))),
     reason="building needs pip, setuptools and wheel: pip install -e '.[test]'",
@@ -49,8 +51,11 @@ def checkout(tmp_path_factory) -> Path:
         shutil.copy(ROOT / name, copy)
     for name in ("sbncore", "adapters"):
         shutil.copytree(
-            ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
+            ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "objects")
         )
+    compiled = copy / OBJECT
+    compiled.parent.mkdir(parents=True)
+    compiled.write_bytes(b"object code")
     return copy
 
 
@@ -76,6 +81,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
         if path.suffix in (".py", ".cu", ".typed") and "__pycache__" not in path.parts
     }
     assert {"sbncore/adapters/__init__.py", "sbncore/py.typed"} <= sources <= names
+    assert OBJECT in names
 
 
 @needs_build

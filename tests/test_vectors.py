@@ -86,12 +86,12 @@ def runs_here(name):
 
 
 def test_every_width_gives_the_same_bits(tmp_path):
-    """LLVM makes of 16 lanes what the CPU named has; Numba's cache knows them apart."""
+    """LLVM makes of 16 lanes what the CPU named has; the cache knows them apart."""
     found = {"here": digest()}
     for name, cpu in WIDTHS.items():
         if runs_here(name):
             environment = os.environ | {
-                "NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path),
+                "NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": "", "SBNCORE_CACHE_DIR": str(tmp_path),
                 "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
             }  # fmt: skip
             done = subprocess.run(

@@ -89,8 +89,9 @@ class Call:
             after = [memory_of(mean), memory_of(var)]
         kept = memory_of(state)
         kept[-1:].view(np.int64)[0] = draw[2]
-        parameters = (
-            weight, bias, *before, prior, eps, *after, momentum, self.unbiased, skip_nonfinite,
+        parameters = engine.Channels(
+            weight, bias, before[0], before[1], prior, eps, after[0], after[1], momentum, self.unbiased,
+            skip_nonfinite,
         )  # fmt: skip
         self.engine.forward(
             self.flat(y), self.flat(x), None if residual is None else self.flat(residual),

@@ -126,10 +126,10 @@ class Call:
     ) -> Any:
         """Run the engine's forward and return y; ``rest`` are its parameters behind weight and bias."""
         y, absent = empty_like(flat) if out is None else self.flat(out), self.absent
-        parameters = absent if weight is None else weight, absent if bias is None else bias, *rest
+        weight, bias = (absent if p is None else p for p in (weight, bias))
         self.engine.forward(
-            y, flat, None if residual is None else self.flat(residual), values, mask, parameters, self.relu,
-            runs, full, weigh,
+            y, flat, None if residual is None else self.flat(residual), values, mask,
+            engine.Channels(weight, bias, *rest), self.relu, runs, full, weigh,
         )  # fmt: skip
         return give(self.layout.restore(y), x) if out is None else out
 
@@ -165,7 +165,7 @@ class Call:
 
 
 def plain(inputs: tuple[np.ndarray | None, ...], out: np.ndarray | None) -> bool:
-    """Whether all are aligned and writeable, which Numba's types tell apart, and out lies by itself."""
+    """Whether all are aligned and writeable, and out overlaps none of them."""
     for array in inputs:
         if array is not None:
             if not array.flags.behaved or (out is not None and np.may_share_memory(array, out)):

@@ -9,47 +9,41 @@ from __future__ import annotations
 
 import numpy as np
 
-from sbncore.cpu.compiled import inner, loop
-from sbncore.cpu.elements import cast, load, store, zero
+from sbncore.cpu.compiled import loop
+from sbncore.cpu.elements import cast, load, memory, store, vector, zero
 
 
-@inner()
-def cut(begin, length, weight, longest):
-    """Runs joined where one follows the other, then cut to ``longest``."""
-    heads = np.empty(len(begin) + 1, np.int64)
-    count, pieces, whole = 0, 0, 0
-    for r in range(len(begin)):
-        follows = r > 0 and begin[r] == begin[r - 1] + length[r - 1] and weight[r] == weight[r - 1]
-        if not follows:
-            pieces += (whole + longest - 1) // longest
-            heads[count] = r
-            count, whole = count + 1, 0
-        whole += length[r]
-    pieces += (whole + longest - 1) // longest
-    heads[count] = len(begin)
-    out_begin, out_length = np.empty(pieces, np.int64), np.empty(pieces, np.int64)
-    out_weight = np.empty(pieces)
-    k = 0
-    for h in range(count):
-        first, last = begin[heads[h]], heads[h + 1] - 1
-        end = begin[last] + length[last]
-        while first < end:
-            out_begin[k], out_length[k] = first, min(longest, end - first)
-            out_weight[k] = weight[last]
-            first += longest
+@loop()
+def cut(r, room, begin, length, weight, longest):
+    """Runs joined where one follows the other, then cut to ``longest``, in a thread's scratch memory."""
+    size = r.capacity
+    out_begin, out_length = memory(room, (size,), 0), memory(room + 8 * size, (size,), 0)
+    out_weight = memory(room + 16 * size, (size,), 0.0)
+    pieces, k = 0, 0
+    while k < len(begin):
+        first, end, p = begin[k], begin[k] + length[k], weight[k]
+        k += 1
+        while k < len(begin) and begin[k] == end and weight[k] == p:
+            end += length[k]
             k += 1
-    return out_begin, out_length, out_weight
+        while first < end:
+            out_begin[pieces], out_length[pieces] = first, min(longest, end - first)
+            out_weight[pieces] = p
+            first += longest
+            pieces += 1
+    shape = (pieces,)
+    return (
+        memory(room, shape, 0), memory(room + 8 * size, shape, 0), memory(room + 16 * size, shape, 0.0),
+    )  # fmt: skip
 
 
-@inner()
-def spots_of(begin, length, C, S, last):
+@loop()
+def find_spots(spots, r, begin, length, last):
     """Where the first channel's values are of which its shift is made: a few, far apart."""
-    spots = np.empty(min(16, len(begin)), np.int64)
     for k in range(len(spots)):
-        r = k * (len(begin) - 1) // max(1, len(spots) - 1)
-        place = begin[r] + length[r] // 2
-        spots[k] = place * C if last else place + place // S * (C - 1) * S
-    return spots
+        j = k * (len(begin) - 1) // max(1, len(spots) - 1)
+        place = begin[j] + length[j] // 2
+        spots[k] = place * r.C if last else place + place // r.S * (r.C - 1) * r.S
 
 
 @loop()
@@ -69,6 +63,12 @@ def clear(sums):
     for k in range(sums.shape[0]):
         for i in range(sums.shape[1]):
             sums[k, i] = 0
+
+
+@loop()
+def fill(row, value):
+    for i in range(len(row)):
+        row[i] = value
 
 
 @loop()
@@ -94,16 +94,16 @@ def finish_moments(values, sums, c0, c1):
 
 
 @loop()
-def finish_forward(values, x, parameters, c0, c1):
+def finish_forward(values, x, r, c0, c1):
     """Mix the moments of channels c0 .. c1-1 with the prior, move the running statistics, fill in values."""
-    (
-        weight, bias, prior_mean, prior_var, prior, eps, running_mean, running_var, factor, unbiased,
-        skip_nonfinite,
-    ) = parameters  # fmt: skip
+    prior, eps, factor, unbiased, skip_nonfinite = r.prior, r.eps, r.factor, r.unbiased, r.skip_nonfinite
+    weight, bias = vector(r.weight, r.C, zero(x)), vector(r.bias, r.C, zero(x))
+    prior_mean, prior_var = vector(r.prior_mean, r.C, 0.0), vector(r.prior_var, r.C, 0.0)
+    running_mean, running_var = vector(r.running_mean, r.C, zero(x)), vector(r.running_var, r.C, zero(x))
     for c in range(c0, c1):
         mean, var = values[0, c], values[1, c]
         if prior > 0:
-            mean0, var0 = np.float64(load(prior_mean, c)), np.float64(load(prior_var, c))
+            mean0, var0 = prior_mean[c], prior_var[c]
             if prior == 1:
                 mean, var = mean0, var0
             else:
@@ -126,8 +126,9 @@ def finish_forward(values, x, parameters, c0, c1):
 
 
 @loop()
-def finish_backward(total, sums, values, dweight, dbias, c0, c1):
+def finish_backward(total, sums, values, x, r, c0, c1):
     """total = dbias and dweight of channels c0 .. c1-1, from the sums of g and g * (x - shift)."""
+    dweight, dbias = vector(r.dweight, r.C, zero(x)), vector(r.dbias, r.C, zero(x))
     for c in range(c0, c1):
         first, second = sums[0, c - c0], sums[1, c - c0]
         rounding = values[0, c] - values[3, c]

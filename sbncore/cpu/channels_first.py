@@ -15,22 +15,19 @@ Loops fill arrays element by element: slices would take seconds more to compile.
 
 from __future__ import annotations
 
-import numpy as np
-
 from sbncore.cpu.channels import (
     clear,
     collect,
+    fill,
     find_slopes,
+    find_spots,
     finish_backward,
     finish_forward,
     finish_moments,
     shift_of,
-    spots_of,
 )
-from sbncore.cpu.compiled import jit
-from sbncore.cpu.counters import DONE, FINISHED, FIRST, SECOND, THIRD
-from sbncore.cpu.elements import cast, zero
-from sbncore.cpu.lanes import LANES
+from sbncore.cpu.compiled import loop
+from sbncore.cpu.elements import cast, memory, runs_in, zero
 from sbncore.cpu.passes import (
     add,
     add_runs,
@@ -42,30 +39,34 @@ from sbncore.cpu.passes import (
     write,
     write_all,
 )
+from sbncore.cpu.record import COUNTERS, DONE, FINISHED, FIRST, GIVEN, LANES, SAMPLE, SECOND, SPOTS, THIRD
 from sbncore.cpu.rows import NEAR
 from sbncore.cpu.stores import aligned, fence
-from sbncore.cpu.tasks import claim, wait
+from sbncore.cpu.tasks import claim, thread_room, wait
 
 WORTH = 100  # elements that are read twice in the time that the repair of one run takes
 
 
-@jit()
-def forward(
-    y, mask, x, residual, values, parameters, partial, begin, length, weight, weigh, full, relu, stream, N, C,
-    S, block, sweep, spread, cached, counters,
-):  # fmt: skip
+@loop()
+def forward(r, y, mask, x, residual, relu):
     """y = act(z), where a mask is given the bits of z > 0; the statistics in values and the running ones.
 
-    The statistics are of the runs, whose weights sum to 1 / ``weigh``, ``full`` where they are everything;
-    without runs they are the prior's. Without a y nothing is normalized.
+    The statistics are of the runs, whose weights sum to 1 / ``times``, ``full`` where they are everything;
+    without runs they are the prior's. Unless it ``writes`` nothing is normalized.
     """
-    if y is not None:
-        stream = stream and aligned(y)
-    at_once = not cached and lines(length) * 2 > N * S
-    swept = full and not at_once
+    N, C, S, block, sweep, spread = r.N, r.C, r.S, r.block, r.sweep, r.spread
+    begin, length, weight = runs_in(r)
+    values, partial = memory(r.values, (6, C), 0.0), memory(r.partial, (2, r.groups, C), 0.0)
+    counters = memory(r.counters, (COUNTERS,), 0)
+    room = thread_room(r, counters)
+    stream = r.stream != 0 and aligned(y)
+    at_once = r.cached == 0 and lines(length) * 2 > N * S
+    swept = r.full != 0 and not at_once
     size = max(block, sweep)
-    sums, lanes = np.empty((2, size)), np.full((2, size * LANES), zero(x))
-    spots = spots_of(begin, length, C, S, False)
+    sums, lanes = memory(room + r.sums, (2, size), 0.0), memory(room + r.lanes, (2, size * LANES), zero(x))
+    clear(lanes)
+    spots = memory(room + r.spots, (min(SPOTS, len(begin)),), 0)
+    find_spots(spots, r, begin, length, False)
     tasks = -(-C // sweep) * -(-N // spread)
     if swept:
         while True:
@@ -77,7 +78,7 @@ def forward(
                 values[3, c] = shift_of(x, spots, c * S)
             clear(sums)
             add(sums, lanes, None, None, None, x, None, values, n0, n1, c0, c1, None, False, NEAR, C, S)
-            keep(partial, g, sums, weight[0] * weigh, c0, c1)
+            keep(partial, g, sums, weight[0] * r.times, c0, c1)
             claim(counters, DONE)
         wait(counters, DONE, tasks)
     while True:
@@ -91,13 +92,13 @@ def forward(
         elif len(begin) > 0:
             for c in range(c0, c1):
                 values[3, c] = shift_of(x, spots, c * S)
-            add_runs(sums, lanes, None, x, None, values, begin, length, weight, weigh, None, c0, c1, C, S)
+            add_runs(sums, lanes, None, x, None, values, begin, length, weight, r.times, None, c0, c1, C, S)
         finish_moments(values, sums, c0, c1)
-        finish_forward(values, x, parameters, c0, c1)
-        if y is not None and at_once:
+        finish_forward(values, x, r, c0, c1)
+        if r.writes and at_once:
             normalize(y, mask, x, residual, values, 0, N, c0, c1, relu, stream, C * S, C, S)
         claim(counters, FINISHED)
-    if y is not None and not at_once:
+    if r.writes and not at_once:
         wait(counters, FINISHED, -(-C // block))
         near = NEAR if stream else 0
         while True:
@@ -110,44 +111,48 @@ def forward(
         fence()
 
 
-@jit()
-def backward(
-    dx, dresidual, dy, x, mask, values, total, partial, dweight, dbias, begin, length, weight, scale, full,
-    repairs, relu, sampled, stream, N, C, S, block, sweep, spread, cached, counters,
-):  # fmt: skip
+@loop()
+def backward(r, dx, dresidual, dy, x, mask, relu):
     """dx = scale * g - p * (k0 + k1 * (x - shift)), where p is not 0 only in the runs; dresidual = g.
 
-    The two sums, dbias and dweight, are over everything, or if ``sampled`` over the runs, times ``scale``. If
-    that is below 0 they are given in ``total``, and dx, which is scale * g, is made right. ``repairs`` says
-    whether a gradient flows through the statistics, ``full`` whether the runs are everything. ``partial`` is
-    room for the sums of a sweep's tasks.
+    The two sums, dbias and dweight, are over everything, or over the runs, times ``times``. If they are
+    given, in ``total``, dx, which is scale * g, is made right. ``repairs`` says whether a gradient flows
+    through the statistics, ``full`` whether the runs are everything. ``partial`` is for the sums of a sweep's
+    tasks.
     """
-    writes = dx is not None or dresidual is not None
-    if writes:
-        stream = stream and aligned(dx) and aligned(dresidual)
+    N, C, S, block, sweep, spread = r.N, r.C, r.S, r.block, r.sweep, r.spread
+    begin, length, weight = runs_in(r)
+    values, partial = memory(r.values, (6, C), 0.0), memory(r.partial, (2, r.groups, C), 0.0)
+    total, counters = memory(r.total, (2, C), 0.0), memory(r.counters, (COUNTERS,), 0)
+    room = thread_room(r, counters)
+    writes, sampled, summed, full = r.writes != 0, r.sums_over == SAMPLE, r.sums_over != GIVEN, r.full != 0
+    stream = writes and r.stream != 0 and aligned(dx) and aligned(dresidual)
     # sums, then all of it is written
-    dense = writes and repairs and (full or N * S < WORTH * len(begin))
-    at_once = dense and not cached
+    dense = writes and r.repairs != 0 and (full or N * S < WORTH * len(begin))
+    at_once = dense and r.cached == 0
     turn = 0 if full else 1
-    weights = np.full(LANES + turn * (S + LANES), cast(x, weight[0] if full else 0.0))
+    weights = memory(room + r.weights, (LANES + turn * (S + LANES),), zero(x))
+    fill(weights, cast(x, weight[0] if full else 0.0))
     size = max(block, sweep)
-    sums, slopes, lanes = np.empty((2, size)), np.empty((2, size)), np.full((2, size * LANES), zero(x))
+    sums, slopes = memory(room + r.sums, (2, size), 0.0), memory(room + r.slopes, (2, size), 0.0)
+    lanes = memory(room + r.lanes, (2, size * LANES), zero(x))
+    clear(lanes)
     tasks = -(-C // sweep) * -(-N // spread)
-    if not at_once and scale >= 0 and (sampled is None or not dense):
+    if not at_once and summed and (not sampled or not dense):
         while True:
             t = claim(counters, FIRST)
             if t >= tasks:
                 break
             g, n0, n1, c0, c1 = part_of(t, N, C, sweep, spread)
-            if sampled is not None:
-                for n in range(n0, n1):
+            if sampled:
+                for n in range(n0, n1 if writes else n0):
                     write(
                         dx, dresidual, dy, x, mask, values, None, weights, turn, n, c0, c1, relu, stream,
                         NEAR, C, S,
                     )  # fmt: skip
             else:
                 clear(sums)
-                if dense:
+                if dense or not writes:
                     add(sums, lanes, None, None, dy, x, mask, values, n0, n1, c0, c1, relu, False, NEAR, C, S)
                 else:
                     add(
@@ -163,24 +168,24 @@ def backward(
         if c0 >= C:
             break
         clear(sums)
-        if sampled is not None:
-            add_runs(sums, lanes, dy, x, mask, values, begin, length, weight, scale, relu, c0, c1, C, S)
-        elif at_once and scale >= 0:
+        if sampled:
+            add_runs(sums, lanes, dy, x, mask, values, begin, length, weight, r.times, relu, c0, c1, C, S)
+        elif at_once and summed:
             add(sums, lanes, None, None, dy, x, mask, values, 0, N, c0, c1, relu, False, C * S, C, S)
-        elif scale >= 0:
+        elif summed:
             collect(sums, partial, c0, c1)
-        if scale >= 0:
-            finish_backward(total, sums, values, dweight, dbias, c0, c1)
+        if summed:
+            finish_backward(total, sums, values, x, r, c0, c1)
         if at_once:
             write_all(
                 dx, dresidual, dy, x, mask, values, total, slopes, weights, turn, begin, length, weight, 0, N,
                 c0, c1, relu, stream, C * S, C, S,
             )  # fmt: skip
-        elif dx is not None and repairs and not dense:
-            for r in range(len(begin)):
-                if r == 0 or weight[r] != weight[r - 1]:
-                    find_slopes(slopes, total, values, weight[r], c0, c1)
-                repair_run(dx, dy, x, mask, values, slopes, begin[r], length[r], c0, c1, relu, C, S)
+        elif r.repairs and not dense:
+            for k in range(len(begin)):
+                if k == 0 or weight[k] != weight[k - 1]:
+                    find_slopes(slopes, total, values, weight[k], c0, c1)
+                repair_run(dx, dy, x, mask, values, slopes, begin[k], length[k], c0, c1, relu, C, S)
         claim(counters, FINISHED)
     if dense and not at_once:
         wait(counters, FINISHED, -(-C // block))
@@ -193,5 +198,5 @@ def backward(
                 dx, dresidual, dy, x, mask, values, total, slopes, weights, turn, begin, length, weight, n0,
                 n1, c0, c1, relu, stream, NEAR, C, S,
             )  # fmt: skip
-    if stream and writes:
+    if stream:
         fence()

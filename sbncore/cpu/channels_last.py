@@ -9,48 +9,56 @@ threads. Sums are float32 (float64 for float64) within a piece, float64 beyond. 
 
 from __future__ import annotations
 
-import numpy as np
-
 from sbncore.cpu.channels import (
     clear,
     collect,
     cut,
     find_slopes,
+    find_spots,
     finish_backward,
     finish_forward,
     finish_moments,
     shift_of,
-    spots_of,
 )
-from sbncore.cpu.compiled import inner, jit, loop
-from sbncore.cpu.counters import DONE, FINISHED, FIRST, LAST, SECOND, THIRD, WRITTEN
-from sbncore.cpu.elements import cast, zero
+from sbncore.cpu.compiled import loop
+from sbncore.cpu.elements import cast, memory, runs_in, zero
+from sbncore.cpu.record import (
+    BLOCK,
+    COUNTERS,
+    DONE,
+    FINISHED,
+    FIRST,
+    GIVEN,
+    LAST,
+    SAMPLE,
+    SECOND,
+    SPOTS,
+    THIRD,
+    WRITTEN,
+)
 from sbncore.cpu.rows import NEAR, add_row, normalize_row, repair_row
 from sbncore.cpu.stores import aligned, fence
-from sbncore.cpu.tasks import claim, wait
-
-BLOCK = 128  # channels whose sums are a task
+from sbncore.cpu.tasks import claim, thread_room, wait
 
 
-@jit()
-def forward(
-    y, mask, x, residual, values, parameters, partial, begin, length, weight, weigh, full, relu, stream, N, C,
-    S, tile, piece, span, counters,
-):  # fmt: skip
-    """As `sbncore.cpu.channels_first.forward`; ``partial`` is room for the sums of as many groups of runs."""
-    if y is not None:
-        stream = stream and aligned(y)
-    sums, rows = np.empty((2, BLOCK)), np.full((5, tile * C), zero(x))
-    tasks = partial.shape[1]
+@loop()
+def forward(r, y, mask, x, residual, relu):
+    """As `sbncore.cpu.channels_first.forward`; ``partial`` is for the sums of as many groups of runs."""
+    N, C, S, tile, span, tasks = r.N, r.C, r.S, r.tile, r.span, r.groups
+    values, partial = memory(r.values, (6, C), 0.0), memory(r.partial, (2, tasks, C), 0.0)
+    counters = memory(r.counters, (COUNTERS,), 0)
+    room = thread_room(r, counters)
+    stream = r.stream != 0 and aligned(y)
+    sums, rows = memory(room + r.sums, (2, BLOCK), 0.0), memory(room + r.rows, (5, tile * C), zero(x))
+    clear(rows)
     if tasks > 0:
-        shift, spots = rows[0], spots_of(begin, length, C, S, True)
+        begin, length, _ = runs_in(r)
+        shift, spots = rows[0], memory(room + r.spots, (min(SPOTS, len(begin)),), 0)
+        find_spots(spots, r, begin, length, True)
         for c in range(C):
             shift[c] = shift_of(x, spots, c)
         repeat(shift, C)
-        add_runs(
-            partial, rows, None, x, None, shift, shift, shift, begin, length, weight, weigh, None, C, tile,
-            piece, counters,
-        )  # fmt: skip
+        add_runs(r, room, partial, rows, None, x, None, shift, shift, shift, None, counters)
         wait(counters, DONE, tasks)
     while True:
         c0 = claim(counters, SECOND) * BLOCK
@@ -62,10 +70,10 @@ def forward(
         for c in range(c0, c1):
             values[3, c] = rows[0, c]
         finish_moments(values, sums, c0, c1)
-        finish_forward(values, x, parameters, c0, c1)
+        finish_forward(values, x, r, c0, c1)
         claim(counters, FINISHED)
     wait(counters, FINISHED, (C + BLOCK - 1) // BLOCK)
-    if y is not None:
+    if r.writes:
         shift, scale, offset = coefficients_in(rows, values, C)
         near = NEAR if stream else 0
         while True:
@@ -89,7 +97,7 @@ def repeat(row, C):
         row[i] = row[i - C]
 
 
-@inner()
+@loop()
 def coefficients_in(rows, values, C):
     """The first three rows, filled with shift, scale and offset."""
     for k in range(3):
@@ -99,29 +107,26 @@ def coefficients_in(rows, values, C):
     return rows[0], rows[1], rows[2]
 
 
-@inner()
-def add_runs(
-    partial, rows, dy, x, mask, shift, scale, offset, begin, length, weight, times, relu, C, tile, piece,
-    counters,
-):  # fmt: skip
+@loop()
+def add_runs(r, room, partial, rows, dy, x, mask, shift, scale, offset, relu, counters):
     """partial[:, task] = the weighted sums of g and g * (x - shift) over the runs, times ``times``."""
-    tasks = partial.shape[1]
-    begin, length, weight = cut(begin, length, weight, piece)
+    C, tile, piece, tasks = r.C, r.tile, r.piece, r.groups
+    begin, length, weight = cut(r, room + r.pieces, *runs_in(r), piece)
     while True:
         t = claim(counters, FIRST)
         if t >= tasks:
             break
         clear_task(partial, t)
         held = 0
-        r0, r1 = len(begin) * t // tasks, len(begin) * (t + 1) // tasks
-        for r in range(r0, r1):
+        first, end = len(begin) * t // tasks, len(begin) * (t + 1) // tasks
+        for k in range(first, end):
             add_places(
-                rows, None, None, dy, x, mask, shift, scale, offset, begin[r], begin[r] + length[r], relu,
+                rows, None, None, dy, x, mask, shift, scale, offset, begin[k], begin[k] + length[k], relu,
                 False, C, tile,
             )  # fmt: skip
-            held += length[r]
-            if r == r1 - 1 or held + length[r + 1] > piece or weight[r + 1] != weight[r]:
-                flush(partial, t, rows, weight[r] * times, C, tile)
+            held += length[k]
+            if k == end - 1 or held + length[k + 1] > piece or weight[k + 1] != weight[k]:
+                flush(partial, t, rows, weight[k] * r.times, C, tile)
                 held = 0
         claim(counters, DONE)
 
@@ -153,25 +158,22 @@ def flush(partial, t, rows, p, C, tile):
                 rows[3 + k, j * C + c] = 0
 
 
-@jit()
-def backward(
-    dx, dresidual, dy, x, mask, values, total, partial, dweight, dbias, begin, length, weight, scale, full,
-    repairs, relu, sampled, stream, N, C, S, tile, piece, span, counters,
-):  # fmt: skip
+@loop()
+def backward(r, dx, dresidual, dy, x, mask, relu):
     """As `sbncore.cpu.channels_first.backward`; ``partial`` is for sums of tasks, or of groups of runs."""
-    writes = dx is not None or dresidual is not None
-    if writes:
-        stream = stream and aligned(dx) and aligned(dresidual)
-    dense = writes and repairs and full  # all is written behind the sums
-    sums, rows = np.empty((2, BLOCK)), np.full((5, tile * C), zero(x))
+    N, C, S, tile, piece, span, tasks = r.N, r.C, r.S, r.tile, r.piece, r.span, r.groups
+    values, partial = memory(r.values, (6, C), 0.0), memory(r.partial, (2, tasks, C), 0.0)
+    total, counters = memory(r.total, (2, C), 0.0), memory(r.counters, (COUNTERS,), 0)
+    room = thread_room(r, counters)
+    writes, sampled = r.writes != 0, r.sums_over == SAMPLE
+    stream = writes and r.stream != 0 and aligned(dx) and aligned(dresidual)
+    dense = writes and r.repairs != 0 and r.full != 0  # all is written behind the sums
+    sums, rows = memory(room + r.sums, (2, BLOCK), 0.0), memory(room + r.rows, (5, tile * C), zero(x))
+    clear(rows)
     shift, times, offset = coefficients_in(rows, values, C)
-    if scale >= 0:
-        tasks = partial.shape[1]
-        if sampled is not None:
-            add_runs(
-                partial, rows, dy, x, mask, shift, times, offset, begin, length, weight, scale, relu, C, tile,
-                piece, counters,
-            )  # fmt: skip
+    if r.sums_over != GIVEN:
+        if sampled:
+            add_runs(r, room, partial, rows, dy, x, mask, shift, times, offset, relu, counters)
         else:
             while True:
                 t = claim(counters, FIRST)
@@ -181,7 +183,7 @@ def backward(
                 last = min(N * S, (t + 1) * span)
                 for p in range(t * span, last, piece):
                     q = min(last, p + piece)
-                    if dense:
+                    if dense or not writes:
                         add_places(
                             rows, None, None, dy, x, mask, shift, times, offset, p, q, relu, False, C, tile
                         )
@@ -200,17 +202,18 @@ def backward(
             c1 = min(C, c0 + BLOCK)
             clear(sums)
             collect(sums, partial, c0, c1)
-            finish_backward(total, sums, values, dweight, dbias, c0, c1)
+            finish_backward(total, sums, values, x, r, c0, c1)
             claim(counters, FINISHED)
         wait(counters, FINISHED, (C + BLOCK - 1) // BLOCK)
-    slopes = np.empty((2, C))
+    slopes = memory(room + r.slopes, (2, C), 0.0)
     find_slopes(slopes, total, values, 1.0, 0, C)
     k0, k1 = rows[3], rows[4]
     for c in range(C):
         k0[c], k1[c] = slopes[0, c], slopes[1, c]
     repeat(k0, C)
     repeat(k1, C)
-    if dense or (sampled is not None and writes):
+    begin, length, weight = runs_in(r)
+    if dense or (sampled and writes):
         while True:
             p0 = claim(counters, THIRD) * span
             if p0 >= N * S:
@@ -221,19 +224,19 @@ def backward(
                 stream, C, tile,
             )  # fmt: skip
             claim(counters, WRITTEN)
-    if dx is not None and repairs and not dense:
-        if sampled is not None:
+    if r.repairs and not dense:
+        if sampled:
             wait(counters, WRITTEN, (N * S + span - 1) // span)
-        begin, length, weight = cut(begin, length, weight, piece)
+        begin, length, weight = cut(r, room + r.pieces, begin, length, weight, piece)
         while True:
-            r = claim(counters, LAST)
-            if r >= len(begin):
+            k = claim(counters, LAST)
+            if k >= len(begin):
                 break
             write(
-                dx, None, dy, x, mask, shift, times, offset, k0, k1, weight[r], begin[r],
-                begin[r] + length[r], relu, False, C, tile,
+                dx, None, dy, x, mask, shift, times, offset, k0, k1, weight[k], begin[k],
+                begin[k] + length[k], relu, False, C, tile,
             )  # fmt: skip
-    if stream and writes:
+    if stream:
         fence()
 
 

@@ -11,13 +11,17 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import from_dtype, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 from numba.np import arrayobj
 
+from sbncore.cpu.compiled import loop
+from sbncore.cpu.record import Draw, Record
+
 FLOAT16, BFLOAT16 = types.int16, types.uint16
-I16, I32, HALF, FLOAT = ir.IntType(16), ir.IntType(32), ir.HalfType(), ir.FloatType()
+I16, I32, I64, HALF, FLOAT = *(ir.IntType(bits) for bits in (16, 32, 64)), ir.HalfType(), ir.FloatType()
+RECORD, DRAW = (from_dtype(np.dtype(kind)) for kind in (Record, Draw))
 
 
 def pointer(context: Any, builder: Any, array: types.Array, value: Any, index: Any) -> Any:
@@ -102,6 +106,56 @@ def sample_of(typingctx: Any, array: Any, n: Any, size: Any) -> tuple[Any, Calla
         return view._getvalue()
 
     return array(array, types.intp, types.intp), codegen
+
+
+def _record(kind: Any) -> Any:
+    def at(typingctx: Any, address: Any) -> tuple[Any, Callable[..., Any]]:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            return builder.bitcast(args[0], context.get_value_type(kind))
+
+        return kind(address), codegen
+
+    return intrinsic(at)
+
+
+record_at, draw_at = _record(RECORD), _record(DRAW)
+
+
+@intrinsic
+def memory(typingctx: Any, address: Any, shape: Any, kind: Any) -> tuple[Any, Callable[..., Any]]:
+    """The array of that shape at an address, of the type of the scalar ``kind``; None of None."""
+    array = kind
+    if not isinstance(kind, types.NoneType):
+        array = types.Array(types.unliteral(kind), len(shape), "C")
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        if array is kind:
+            return context.get_dummy_value()
+        view, element = context.make_array(array)(context, builder), context.get_data_type(array.dtype)
+        sizes = cgutils.unpack_tuple(builder, args[1])
+        strides = [ir.Constant(I64, context.get_abi_sizeof(element))]
+        for size in sizes[:0:-1]:
+            strides.insert(0, builder.mul(size, strides[0]))
+        arrayobj.populate_array(
+            view, builder.inttoptr(args[0], element.as_pointer()), sizes, strides, strides[-1],
+            ir.Constant(cgutils.voidptr_t, None),
+        )  # fmt: skip
+        return view._getvalue()
+
+    return array(types.intp, shape, kind), codegen
+
+
+@loop(inline="always")  # without Numba's runtime no function returns an array
+def vector(address, C, kind):
+    """A value for each channel, or none of what is absent."""
+    return memory(address, (C if address != 0 else 0,), kind)
+
+
+@loop(forceinline=True)
+def runs_in(r):
+    """begin, length and weight of a record's runs."""
+    shape = (r.runs,)
+    return memory(r.begin, shape, 0), memory(r.length, shape, 0), memory(r.share, shape, 0.0)
 
 
 def zero(array):

@@ -5,14 +5,24 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+from ctypes import addressof
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
-from sbncore.cpu import channels_first, channels_last, short_maps, threads
-from sbncore.cpu.lanes import LANES
+from sbncore.cpu import kernels, threads
+from sbncore.cpu.record import (
+    BLOCK,
+    EVERYTHING,
+    GIVEN,
+    LANES,
+    SAMPLE,
+    SPOTS,
+    Record,
+    address,
+)
 from sbncore.layout import Layout
 from sbncore.plans import Runs
 
@@ -28,6 +38,7 @@ CACHED = 1 << 20  # elements of an array that is read twice, in the order of mem
 PARALLEL = 1 << 20  # elements worth waking the other threads: it takes 50 to 100 us
 AWAKE = 8  # times fewer are worth threads that are awake, OpenMP's
 SUPPOSED = 32 << 20  # bytes of a last cache at least
+LINE = 64  # bytes
 NOWHERE = Runs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
 
 
@@ -54,22 +65,49 @@ STREAM = _worth_streaming()
 KEPT = 3  # times larger is an output that is streamed: a forward has fewer arrays in the cache with it
 
 
+class Channels(NamedTuple):
+    """What forward takes for each channel, arrays (C,), of no elements where absent."""
+
+    weight: np.ndarray
+    bias: np.ndarray
+    prior_mean: np.ndarray
+    prior_var: np.ndarray
+    prior: float
+    eps: float
+    running_mean: np.ndarray
+    running_var: np.ndarray
+    factor: float  # of the new statistics in the running ones
+    unbiased: float  # the variance's factor there
+    skip_nonfinite: bool
+
+
 class Engine:
     """The kernels over arrays of a layout, whose memory is cut into tasks by the shape alone."""
 
-    kernels: tuple[Any, Any]  # forward and backward
+    memory: str  # in the kernels' names
     whole = True  # whether vectors are parts of lines
     cached = False  # whether small arrays are read twice in one order
     tasks: int
-    cuts: tuple[int, ...]  # the sizes and what follows from them, as the kernels take it
 
     def __init__(self, layout: Layout) -> None:
         self.sizes = layout.N, layout.C, layout.S
         self.elements = math.prod(self.sizes)
 
-    def rows(self, everything: bool, drawn: int) -> int:
+    def prepare(self, cuts: dict[str, int], **scratch: int) -> None:
+        """Make the record that calls begin with; ``scratch`` is the bytes of a thread's memory of a name."""
+        record = Record(**dict(zip("NCS", self.sizes, strict=True)), **cuts, cached=self.cached)
+        for name, size in scratch.items():
+            setattr(record, name, record.scratch_size)
+            record.scratch_size += _multiple(size, LINE)
+        self.template = bytes(record)
+
+    def groups(self, everything: bool, drawn: int) -> int:
         """Return of how many tasks sums are kept apart, over everything or over so many runs."""
         raise NotImplementedError
+
+    def pieces(self, drawn: int) -> int:
+        """Return into how many pieces so many runs are cut at most."""
+        return 0
 
     def forward(
         self,
@@ -78,27 +116,34 @@ class Engine:
         residual: np.ndarray | None,
         values: np.ndarray,
         mask: np.ndarray | None,
-        parameters: tuple[Any, ...],
+        channels: Channels,
         relu: bool,
         runs: Runs,
         full: bool,
         weigh: float,
     ) -> None:
-        """Write y, values and the mask, of memory flat and ``parameters`` in the order of finish_forward's.
+        """Write y, values and the mask, of memory flat.
 
         The runs' weights sum to 1 / ``weigh``, and where they are everything they are ``full``; without runs
         the statistics are the prior's. Without a y the statistics are all.
         """
-        C, drawn = self.sizes[1], len(runs.begin)
-        if C == 0:
+        if self.sizes[1] == 0:
             return
-        full = full and drawn > 0
-        stream = y is not None and self.whole and y.nbytes >= KEPT * STREAM
-        sums = np.empty((2, self.rows(full and self.cached, drawn), C))
-        threads.run(
-            self.kernels[0], self.tasks, self._parallel(), y, mask, x, residual, values, parameters, sums,
-            *runs, weigh, full, relu or None, stream, *self.cuts,
-        )  # fmt: skip
+        record = Record.from_buffer_copy(self.template)
+        (
+            weight, bias, prior_mean, prior_var, record.prior, record.eps, running_mean, running_var,
+            record.factor, record.unbiased, record.skip_nonfinite,
+        ) = channels  # fmt: skip
+        if record.prior:
+            prior_mean, prior_var = (p.astype(np.float64, copy=False) for p in (prior_mean, prior_var))
+            record.prior_mean, record.prior_var = address(prior_mean), address(prior_var)
+        full = full and len(runs.begin) > 0
+        record.full, record.times, record.writes = full, weigh, y is not None
+        record.stream = y is not None and self.whole and y.nbytes >= KEPT * STREAM
+        record.x, record.y, record.residual = address(x), address(y), address(residual)
+        record.weight, record.bias, record.values = address(weight), address(bias), address(values)
+        record.running_mean, record.running_var = address(running_mean), address(running_var)
+        self._run("forward", record, x, mask, relu, residual is not None, runs, full and self.cached)
 
     def backward(
         self,
@@ -125,14 +170,39 @@ class Engine:
             scale: 0 for sums over everything; above it, for sums over the runs times it; below, the sums are
                 given in total, and dx, written without them, is made right.
         """
-        drawn, sampled = len(runs.begin), scale > 0
-        stream = self.whole and x.nbytes >= STREAM
-        sums = np.empty((2, self.rows(not sampled, drawn), self.sizes[1]))
-        threads.run(
-            self.kernels[1], self.tasks, self._parallel(), dx, dresidual, dy, x, mask, values, total, sums,
-            dweight, dbias, *runs, scale, full and drawn > 0, dx is not None and drawn > 0, relu or None,
-            sampled or None, stream, *self.cuts,
-        )  # fmt: skip
+        record, drawn = Record.from_buffer_copy(self.template), len(runs.begin)
+        record.sums_over = EVERYTHING if scale == 0 else SAMPLE if scale > 0 else GIVEN
+        record.times, record.full, record.repairs = scale, full and drawn > 0, dx is not None and drawn > 0
+        if dx is None and dresidual is not None:
+            dx = np.empty_like(x)  # a kernel writes both or neither
+        record.writes, record.stream = dx is not None, self.whole and x.nbytes >= STREAM
+        record.dx, record.dresidual, record.dy = address(dx), address(dresidual), address(dy)
+        record.x, record.values, record.total = address(x), address(values), address(total)
+        record.dweight, record.dbias = address(dweight), address(dbias)
+        self._run("backward", record, x, mask, relu, dresidual is not None, runs, scale <= 0)
+
+    def _run(
+        self, direction: str, record: Record, x: np.ndarray, mask: np.ndarray | None, relu: bool,
+        residual: bool, runs: Runs, everything: bool,
+    ) -> None:  # fmt: skip
+        """Give the record its runs, mask and scratch memory, and run its kernel on it."""
+        trains = direction == "forward" and len(runs.begin) > 0
+        kernel = kernels.kernel(
+            self.memory, direction, x.dtype.char, relu, residual, mask is not None, trains
+        )
+        if mask is not None:
+            record.mask, record.mask_size = address(mask), mask.size
+        begin, length, share = runs
+        record.runs = drawn = len(begin)
+        record.begin, record.length, record.share = address(begin), address(length), address(share)
+        record.groups, record.capacity = self.groups(everything, drawn), self.pieces(drawn)
+        record.scratch_size += 24 * record.capacity
+        count = threads.count(self.tasks) if self._parallel() else 1
+        partial = 16 * record.groups * self.sizes[1]
+        room, here = np.empty(partial + count * record.scratch_size, np.uint8), addressof(record)
+        record.counters, record.partial = here + Record.claims.offset, address(room)
+        record.scratch = record.partial + partial
+        threads.run(kernel, here, count)
 
     def _parallel(self) -> bool:
         """Whether a call is worth more than one thread."""
@@ -147,7 +217,7 @@ class First(Engine):
     of a sweep's task: whole vectors, or whole samples.
     """
 
-    kernels = channels_first.forward, channels_first.backward
+    memory = "channels_first"
     segment = SEGMENT
 
     def __init__(self, layout: Layout) -> None:
@@ -159,22 +229,27 @@ class First(Engine):
             max(1, min(C, _multiple(size, even))) for size in (min(segment, -(-C // wanted)), min(segment, C))
         )
         spread = max(1, -(-SPREAD // max(1, S)), SEGMENT // (sweep * max(1, S)))
-        self.groups = -(-N // spread)
+        self.swept = -(-N // spread)
         self.whole, self.cached = C * S % LANES == 0, self.elements <= CACHED
-        self.tasks = max(-(-C // block), -(-C // sweep) * self.groups)
-        self.cuts = *self.sizes, block, sweep, spread, self.cached
+        self.tasks = max(-(-C // block), -(-C // sweep) * self.swept)
+        size, cuts = max(block, sweep), {"block": block, "sweep": sweep, "spread": spread}
+        sums, rows = 16 * size, 8 * 6 * block * S if S < LANES else 0
+        self.prepare(
+            cuts, spots=8 * SPOTS, sums=sums, slopes=sums, lanes=LANES * sums, rows=rows,
+            weights=8 * (S + 2 * LANES),
+        )  # fmt: skip
 
-    def rows(self, everything: bool, drawn: int) -> int:
-        return self.groups if everything else 0
+    def groups(self, everything: bool, drawn: int) -> int:
+        return self.swept if everything else 0
 
 
 class ShortFirst(First):
     """Channels-first, of maps of fewer positions than a vector has lanes."""
 
-    kernels = short_maps.forward, short_maps.backward
+    memory = "short_maps"
     segment = SHORT_SEGMENT
 
-    def rows(self, everything: bool, drawn: int) -> int:
+    def groups(self, everything: bool, drawn: int) -> int:
         return 0
 
 
@@ -185,7 +260,7 @@ class Last(Engine):
     are whole vectors, and no two write bits of one word.
     """
 
-    kernels = channels_last.forward, channels_last.backward
+    memory = "channels_last"
 
     def __init__(self, layout: Layout) -> None:
         super().__init__(layout)
@@ -194,10 +269,17 @@ class Last(Engine):
         tile = max(1, _multiple(max(1, TILE // width), LANES // math.gcd(C, LANES)))
         piece = _multiple(max(PLACES, RUN // width), tile)
         span = _multiple(max(-(-places // TASKS), -(-TASK // width)), tile)
-        self.tasks, self.cuts = -(-places // span), (*self.sizes, tile, piece, span)
+        self.tasks, self.piece, self.places = -(-places // span), piece, places
+        cuts = {"tile": tile, "piece": piece, "span": span}
+        self.prepare(
+            cuts, spots=8 * SPOTS, sums=16 * BLOCK, slopes=16 * C, rows=8 * 5 * tile * C, pieces=0,
+        )  # fmt: skip
 
-    def rows(self, everything: bool, drawn: int) -> int:
+    def groups(self, everything: bool, drawn: int) -> int:
         return self.tasks if everything else min(GROUPS, drawn)
+
+    def pieces(self, drawn: int) -> int:
+        return drawn + self.places // self.piece
 
 
 @lru_cache(maxsize=1024)

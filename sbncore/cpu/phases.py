@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sbncore.arrays import PARAMETER, borrow, element_type, widen, writeable
+from sbncore.arrays import PARAMETER, borrow, element_type, widen
 from sbncore.checks import Parameters, Running
 from sbncore.cpu import draws, engine
 from sbncore.layout import Layout
@@ -45,9 +45,9 @@ def moments(x: np.ndarray, layout: Layout, plan: Plan, prior: Given | None) -> M
     """Return the moments of the places drawn, mixed with the prior."""
     plan, values = plan.now(), np.empty((ROWS, layout.C))
     count = plan.count_beside(prior, x.size)
-    parameters, _ = _parameters(x, plan, prior, Parameters(), 1.0, None, count)
+    channels, _ = _channels(x, plan, prior, Parameters(), 1.0, None, count)
     runs, weigh = _drawn(plan, x)
-    engine.of(layout).forward(None, x, None, values, None, parameters, False, runs, plan.full, weigh)
+    engine.of(layout).forward(None, x, None, values, None, channels, False, runs, plan.full, weigh)
     return values[0], values[1], count
 
 
@@ -91,10 +91,9 @@ def backward(
     The exact gradient is one pass over dy and x and a repair of the places drawn; where all are drawn, the
     sums come first and the "repair" is the pass that writes.
     """
-    x, layout, state = saved.x, saved.layout, saved.state
+    x, layout, state, nothing = saved.x, saved.layout, saved.state, absent(saved.x)
     dweight, dbias = (
-        absent(x) if p is None else np.zeros(layout.C, borrow(p, "parameter").dtype)
-        for p in (saved.weight, saved.bias)
+        nothing if p is None else np.zeros(layout.C, nothing.dtype) for p in (saved.weight, saved.bias)
     )
     if x.size:
         plan, runs, scale = state.plan, engine.NOWHERE, 0.0
@@ -105,7 +104,10 @@ def backward(
             dx, dresidual, dy, x, state.mask, state.values, np.empty((2, layout.C)), dweight, dbias,
             saved.relu, runs, plan.full, scale,
         )  # fmt: skip
-    return None if saved.weight is None else dweight, None if saved.bias is None else dbias
+    return (
+        None if saved.weight is None else narrow(dweight, borrow(saved.weight, "weight").dtype),
+        None if saved.bias is None else narrow(dbias, borrow(saved.bias, "bias").dtype),
+    )
 
 
 def repair(
@@ -135,12 +137,12 @@ def _normalize(
     running: Running | None,
     count: float,
 ) -> Runs:
-    parameters, copies = _parameters(x, plan, prior, given, eps, running, count)
+    channels, copies = _channels(x, plan, prior, given, eps, running, count)
     residual = None if given.residual is None else layout.flatten(given.residual)
     runs, weigh = _drawn(plan, x)
-    engine.of(layout).forward(y, x, residual, values, mask, parameters, relu, runs, plan.full, weigh)
+    engine.of(layout).forward(y, x, residual, values, mask, channels, relu, runs, plan.full, weigh)
     for array, copy in copies:
-        array[...] = copy
+        array[...] = narrow(copy, array.dtype)
     return runs
 
 
@@ -149,7 +151,7 @@ def _drawn(plan: Plan, x: np.ndarray) -> tuple[Runs, float]:
     return (draws.runs_of(plan), 1 / (1 - plan.prior)) if plan.prior < 1 and x.size else (engine.NOWHERE, 0.0)
 
 
-def _parameters(
+def _channels(
     x: np.ndarray,
     plan: Plan,
     prior: Given | None,
@@ -157,23 +159,40 @@ def _parameters(
     eps: float,
     running: Running | None,
     count: float,
-) -> tuple[tuple[Any, ...], list[tuple[np.ndarray, np.ndarray]]]:
-    """The arguments of finish_forward, dense; what is to be copied back after it."""
+) -> tuple[engine.Channels, list[tuple[np.ndarray, np.ndarray]]]:
+    """Parameters and statistics as the engine takes them; what is to be copied back after it."""
     nothing = absent(x)
-    weight, bias = (nothing if p is None else _dense(p) for p in (given.weight, given.bias))
+    weight, bias = (nothing if p is None else _dense(p, nothing.dtype) for p in (given.weight, given.bias))
     before = (nothing, nothing) if prior is None else (_dense(prior.mean), _dense(prior.var))
-    after, moved = (nothing, nothing), (0.0, 1.0, False)
-    if running is not None:
-        after = running.mean, running.var
-        moved = running.factor, unbiased(count), running.skip_nonfinite
-    dense = tuple(array if array.flags.c_contiguous else array.copy() for array in after)
-    copies = [(array, copy) for array, copy in zip(after, dense, strict=True) if array is not copy]
-    return (weight, bias, *before, plan.prior, eps, *dense, *moved), copies
+    if running is None:
+        return engine.Channels(weight, bias, *before, plan.prior, eps, nothing, nothing, 0.0, 1.0, False), []
+    mean, var = (_dense(array, nothing.dtype) for array in (running.mean, running.var))
+    copies = [pair for pair in ((running.mean, mean), (running.var, var)) if pair[0] is not pair[1]]
+    channels = engine.Channels(
+        weight, bias, *before, plan.prior, eps, mean, var, running.factor, unbiased(count),
+        running.skip_nonfinite,
+    )  # fmt: skip
+    return channels, copies
 
 
 def absent(x: np.ndarray) -> np.ndarray:
     return _ABSENT[PARAMETER[element_type(x)]]
 
 
-def _dense(array: np.ndarray) -> np.ndarray:
-    return writeable(array if array.flags.c_contiguous else array.copy())
+def _dense(array: np.ndarray, dtype: Any = np.float64) -> np.ndarray:
+    """The array as the engine takes it: itself, or a copy."""
+    if array.dtype != dtype:
+        return widen(array).astype(dtype)
+    return array if array.flags.c_contiguous and array.flags.aligned else array.copy()
+
+
+def narrow(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Return values in a storage type, rounded to nearest even; themselves where that is theirs."""
+    if dtype == values.dtype:
+        return values
+    if dtype == np.int16:
+        with np.errstate(over="ignore"):
+            return values.astype(np.float16).view(np.int16)
+    bits = values.view(np.uint32)
+    nearest = bits + ((bits >> 16 & 1) + np.uint32(0x7FFF))
+    return (np.where(np.isnan(values), bits | 0x400000, nearest) >> 16).astype(np.uint16)

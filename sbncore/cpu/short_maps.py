@@ -5,41 +5,41 @@ A sample's maps of a block are one row, with the coefficients spelled out for ea
 
 from __future__ import annotations
 
-import numpy as np
-
 from sbncore.cpu.channels import (
     clear,
     find_slopes,
+    find_spots,
     finish_backward,
     finish_forward,
     finish_moments,
     shift_of,
-    spots_of,
 )
-from sbncore.cpu.compiled import jit, loop
-from sbncore.cpu.counters import FIRST
-from sbncore.cpu.elements import cast, sample_of, zero
-from sbncore.cpu.lanes import LANES
+from sbncore.cpu.compiled import loop
+from sbncore.cpu.elements import cast, memory, runs_in, sample_of, zero
 from sbncore.cpu.passes import add_run, flush, mask_bytes
+from sbncore.cpu.record import COUNTERS, FIRST, GIVEN, LANES, SAMPLE, SPOTS
 from sbncore.cpu.rows import add_row, normalize_row, repair_row, sum_of
 from sbncore.cpu.stores import aligned, fence
-from sbncore.cpu.tasks import claim
+from sbncore.cpu.tasks import claim, thread_room
 
 FLUSH = 256  # values that are summed in float32
 
 
-@jit()
-def forward(
-    y, mask, x, residual, values, parameters, partial, begin, length, weight, weigh, full, relu, stream, N, C,
-    S, block, sweep, spread, cached, counters,
-):  # fmt: skip
+@loop()
+def forward(r, y, mask, x, residual, relu):
     """As `sbncore.cpu.channels_first.forward`, of blocks alone."""
-    if y is not None:
-        stream = stream and aligned(y)
-    sums, lanes = np.empty((2, block)), np.full((2, block * LANES), zero(x))
-    rows = np.full((3, block * S), zero(x))
+    N, C, S, block = r.N, r.C, r.S, r.block
+    begin, length, weight = runs_in(r)
+    values, counters = memory(r.values, (6, C), 0.0), memory(r.counters, (COUNTERS,), 0)
+    room = thread_room(r, counters)
+    stream = r.stream != 0 and aligned(y)
+    sums, lanes = memory(room + r.sums, (2, block), 0.0), memory(room + r.lanes, (2, block * LANES), zero(x))
+    rows = memory(room + r.rows, (3, block * S), zero(x))
+    clear(lanes)
+    clear(rows)
     shift, scale, offset = rows[0], rows[1], rows[2]
-    spots = spots_of(begin, length, C, S, False)
+    spots = memory(room + r.spots, (min(SPOTS, len(begin)),), 0)
+    find_spots(spots, r, begin, length, False)
     while True:
         c0 = claim(counters, FIRST) * block
         if c0 >= C:
@@ -51,12 +51,12 @@ def forward(
                 values[3, c] = shift_of(x, spots, c * S)
             spell(shift, values[3], c0, c1, S)
             add_runs(
-                sums, lanes, None, x, None, values, shift, None, None, begin, length, weight, weigh, None, c0,
-                c1, C, S,
+                sums, lanes, None, x, None, values, shift, None, None, begin, length, weight, r.times, None,
+                c0, c1, C, S,
             )  # fmt: skip
         finish_moments(values, sums, c0, c1)
-        finish_forward(values, x, parameters, c0, c1)
-        if y is not None:
+        finish_forward(values, x, r, c0, c1)
+        if r.writes:
             for k in range(3):
                 spell(rows[k], values[3 + k], c0, c1, S)
             for n in range(N):
@@ -115,17 +115,21 @@ def flush_rows(sums, totals, p, channels, S):
                 totals[k, i] = 0
 
 
-@jit()
-def backward(
-    dx, dresidual, dy, x, mask, values, total, partial, dweight, dbias, begin, length, weight, scale, full,
-    repairs, relu, sampled, stream, N, C, S, block, sweep, spread, cached, counters,
-):  # fmt: skip
+@loop()
+def backward(r, dx, dresidual, dy, x, mask, relu):
     """As `sbncore.cpu.channels_first.backward`; sums given in ``total``, all of dx is written anew."""
-    writes = dx is not None or dresidual is not None
-    if writes:
-        stream = stream and aligned(dx) and aligned(dresidual)
-    sums, slopes, lanes = np.empty((2, block)), np.empty((2, block)), np.full((2, block * LANES), zero(x))
-    rows = np.full((6, block * S), zero(x))
+    N, C, S, block = r.N, r.C, r.S, r.block
+    begin, length, weight = runs_in(r)
+    values, total = memory(r.values, (6, C), 0.0), memory(r.total, (2, C), 0.0)
+    counters = memory(r.counters, (COUNTERS,), 0)
+    room = thread_room(r, counters)
+    summed = r.sums_over != GIVEN
+    stream = r.writes != 0 and r.stream != 0 and aligned(dx) and aligned(dresidual)
+    sums, slopes = memory(room + r.sums, (2, block), 0.0), memory(room + r.slopes, (2, block), 0.0)
+    lanes = memory(room + r.lanes, (2, block * LANES), zero(x))
+    rows = memory(room + r.rows, (6, block * S), zero(x))
+    clear(lanes)
+    clear(rows)
     shift, times, offset, k0, k1, p = rows[0], rows[1], rows[2], rows[3], rows[4], rows[5]
     while True:
         c0 = claim(counters, FIRST) * block
@@ -135,12 +139,12 @@ def backward(
         clear(sums)
         for k in range(3):
             spell(rows[k], values[3 + k], c0, c1, S)
-        if sampled is not None:
+        if r.sums_over == SAMPLE:
             add_runs(
-                sums, lanes, dy, x, mask, values, shift, times, offset, begin, length, weight, scale, relu,
+                sums, lanes, dy, x, mask, values, shift, times, offset, begin, length, weight, r.times, relu,
                 c0, c1, C, S,
             )  # fmt: skip
-        elif scale >= 0:
+        elif summed:
             for n in range(N):
                 add_row(
                     (lanes[0], lanes[1]), None, None, sample_of(dy, n, C * S), sample_of(x, n, C * S),
@@ -149,22 +153,22 @@ def backward(
                 )  # fmt: skip
                 if n == N - 1 or n % FLUSH == FLUSH - 1:
                     flush_rows(sums, lanes, 1.0, c1 - c0, S)
-        if scale >= 0:
-            finish_backward(total, sums, values, dweight, dbias, c0, c1)
-        if not writes:
+        if summed:
+            finish_backward(total, sums, values, x, r, c0, c1)
+        if not r.writes:
             continue
         find_slopes(slopes, total, values, 1.0, c0, c1)
         spell(k0, slopes[0], 0, c1 - c0, S)
         spell(k1, slopes[1], 0, c1 - c0, S)
-        r = 0
+        k = 0
         for n in range(N):
-            r = spell_weights(p, begin, length, weight, r if repairs else len(begin), n, c1 - c0, S)
+            k = spell_weights(p, begin, length, weight, k if r.repairs else len(begin), n, c1 - c0, S)
             repair_row(
                 sample_of(dx, n, C * S), sample_of(dresidual, n, C * S), sample_of(dy, n, C * S),
                 sample_of(x, n, C * S), sample_of(mask, n, mask_bytes(C, S)), c0 * S, c1 * S, shift, times,
                 offset, k0, k1, p, relu, stream, C * S,
             )  # fmt: skip
-    if stream and writes:
+    if stream:
         fence()
 
 

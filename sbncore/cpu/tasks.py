@@ -12,6 +12,7 @@ from numba.extending import intrinsic
 
 from sbncore.cpu.compiled import loop
 from sbncore.cpu.elements import pointer
+from sbncore.cpu.record import THREAD
 
 SPINS = 1000
 I64 = ir.IntType(64)
@@ -39,6 +40,12 @@ def counted(typingctx: Any, counters: Any, k: Any) -> tuple[Any, Callable[..., A
         return builder.load_atomic(pointer(context, builder, counters, *args), "acquire", 8)
 
     return types.int64(counters, types.intp), codegen
+
+
+@loop()
+def thread_room(r, counters):
+    """Where a thread's own scratch memory begins."""
+    return r.scratch + claim(counters, THREAD) * r.scratch_size
 
 
 @loop()

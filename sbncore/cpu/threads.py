@@ -1,8 +1,10 @@
-"""Threads for kernels that release the GIL: a pool made at first use, made anew in a forked child.
+"""Threads for kernels: a pool made at first use, made anew in a forked child.
 
 Plain threads rather than Numba's parallel layers: those abort the process when two Python threads enter one
 of them, or a forked child another; and one compilation serves the serial and the parallel call. Beside
-PyTorch, whose OpenMP threads spin between its calls, those do the work (`sbncore.cpu.team`).
+PyTorch, whose OpenMP threads spin between its calls on the cores that ours would want, those do the work:
+``GOMP_parallel(function, data, threads, flags)``, GNU's entry point, calls the kernel on each of them. LLVM's
+and Intel's OpenMP have it too.
 """
 
 from __future__ import annotations
@@ -13,11 +15,8 @@ import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 from typing import Any
-
-import numpy as np
-
-from sbncore.cpu import counters
 
 
 def _available() -> int:
@@ -57,19 +56,20 @@ def set_num_threads(count: int) -> None:
         _pool, _pool_size = None, 0  # calls under way keep the pool they have
 
 
-def run(kernel: Callable[..., None], tasks: int, parallel: bool, *arguments: Any) -> None:
-    """Call ``kernel(*arguments, counters)``, on all threads if ``parallel``; each takes tasks by counting."""
+def count(tasks: int) -> int:
+    """Return how many threads share so many tasks."""
+    return max(1, min(_threads, tasks))
+
+
+def run(kernel: Callable[[int], None], record: int, threads: int) -> None:
+    """Call a C function with a record's address on so many threads; each takes tasks by counting."""
     global _pool, _pool_size
-    counts = np.zeros(counters.SIZE, np.int64)
-    threads = min(_threads, tasks) if parallel else 1
-    if threads == 1:
-        kernel(*arguments, counts)
+    if threads <= 1:
+        kernel(record)
         return
     entry = openmp()
     if entry:
-        from sbncore.cpu.team import TEAMS
-
-        TEAMS[kernel](entry, threads, (*arguments, counts))
+        _team(entry)(kernel, record, threads, 0)
         return
     pool = _pool
     if pool is None:
@@ -77,13 +77,19 @@ def run(kernel: Callable[..., None], tasks: int, parallel: bool, *arguments: Any
         _pool = pool
     others: list[Future[None]] = []
     with contextlib.suppress(RuntimeError):  # while Python exits: this thread does all the tasks
-        others += (pool.submit(kernel, *arguments, counts) for _ in range(threads - 1))
+        others += (pool.submit(kernel, record) for _ in range(threads - 1))
     try:
-        kernel(*arguments, counts)
+        kernel(record)
     finally:
         for other in others:  # one that has not begun by now finds no task
             if not other.cancel():
                 other.result()
+
+
+@lru_cache(maxsize=1)
+def _team(entry: int) -> Any:
+    arguments = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
+    return ctypes.CFUNCTYPE(None, *arguments)(entry)
 
 
 def openmp() -> int:

@@ -1,0 +1,66 @@
+"""Compile kernels by Numba: ``python -m sbncore.cpu.build FOLDER NAME...``, of `sbncore.cpu.names`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sbncore.cpu import channels_first, channels_last, places, short_maps
+from sbncore.cpu.compiled import c_object
+from sbncore.cpu.elements import memory, record_at
+from sbncore.cpu.names import DRAWS, DTYPES, Kernel
+
+MODULES = {"channels_first": channels_first, "short_maps": short_maps, "channels_last": channels_last}
+
+
+def object_code(name: str) -> bytes:
+    """Return the object code of the C function of a name in `sbncore.cpu.names`."""
+    return c_object(name, getattr(places, name) if name in DRAWS else entry(Kernel.named(name)))
+
+
+def entry(kernel: Kernel) -> Callable[[Any], None]:
+    """Return the function of a record's address that calls a kernel with the record and its arrays.
+
+    An array's last argument to ``memory`` is a scalar of its type; None leaves out, in what is compiled, all
+    that has to do with it.
+    """
+    body = getattr(MODULES[kernel.memory], kernel.direction)
+    element = np.dtype(DTYPES[kernel.dtype]).type(0)
+    residual, bits = element if kernel.residual else None, np.uint8(0) if kernel.mask else None
+    relu = True if kernel.relu else None
+
+    def forward(address):
+        r = record_at(address)
+        size = (r.N * r.C * r.S,)
+        mask = memory(r.mask, (r.mask_size,), bits)
+        y, x = memory(r.y, size, element), memory(r.x, size, element)
+        body(r, y, mask, x, memory(r.residual, size, residual), relu)
+
+    def backward(address):
+        r = record_at(address)
+        size = (r.N * r.C * r.S,)
+        mask = memory(r.mask, (r.mask_size,), bits)
+        dx, dy, x = memory(r.dx, size, element), memory(r.dy, size, element), memory(r.x, size, element)
+        body(r, dx, memory(r.dresidual, size, residual), dy, x, mask, relu)
+
+    return {"forward": forward, "backward": backward}[kernel.direction]
+
+
+def write(folder: Path, name: str) -> None:
+    """Compile a function into a file, for other processes to find, whole or not at all."""
+    code = object_code(name)
+    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+        file.write(code)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, folder / f"{name}.o")
+
+
+if __name__ == "__main__":
+    for name in sys.argv[2:]:
+        write(Path(sys.argv[1]), name)

@@ -1,0 +1,163 @@
+"""The kernels as C functions: where their object code is, and loading it, without Numba."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import hashlib
+import os
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from sbncore.cpu import ahead
+from sbncore.cpu.names import DRAWS, DTYPES, Kernel
+
+# files that the objects do not depend on; a new one left out here costs a compilation, no more
+HOST = "__init__", "ahead", "calls", "draws", "engine", "kernels", "names", "pages", "phases", "threads"
+# levels of x86-64 that a wheel has objects for, the best first, and what LLVM says of a CPU that has them
+V3 = "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe"
+LEVELS = {"x86-64-v4": (*V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"), "x86-64-v3": V3}
+SHIPPED = Path(__file__).with_name("objects")
+_NAMES = {letter: name for name, letter in DTYPES.items()}
+_SIGNATURE = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+Function = Callable[[int], None]  # of a record's address; releases the GIL
+loaded: dict[str, Function] = {}
+_lock = threading.RLock()
+
+
+@cache
+def kernel(
+    memory: str, direction: str, letter: str, relu: bool, residual: bool, mask: bool, trains: bool
+) -> Function:
+    """Return a kernel over arrays whose storage type has that letter.
+
+    With a forward that ``trains`` come its backward and the draws, so that what is missing of them is
+    compiled at the same time.
+    """
+    kind = Kernel(memory, direction, _NAMES[letter], relu, residual, mask)
+    if not trains:
+        return functions(str(kind))[0]
+    return functions(str(kind), *DRAWS, str(kind._replace(direction="backward", residual=mask)))[0]
+
+
+def functions(*names: str) -> list[Function]:
+    """Return the C functions of these names, compiled where nobody has yet."""
+    with _lock:
+        missing = [name for name in names if name not in loaded and _file(name) is None]
+        if missing:
+            ahead.fill(_writable(), missing, cpu())
+        return [_load(name) for name in names]
+
+
+def compiled(name: str) -> Function | None:
+    """Return a C function, or None where nobody has compiled it yet."""
+    if name not in loaded and _file(name) is None:
+        return None
+    return loaded.get(name) or _load(name)
+
+
+def _file(name: str) -> Path | None:
+    found = (folder / f"{name}.o" for folder in _folders())
+    return next((file for file in found if file.exists()), None)
+
+
+def _load(name: str) -> Function:
+    with _lock:
+        if name not in loaded:
+            file, linker = _file(name), _linker()
+            assert file is not None
+            linker.add_object_file(_llvm().ObjectFileRef.from_path(str(file)))
+            linker.finalize_object()
+            loaded[name] = _SIGNATURE(linker.get_function_address(name))
+        return loaded[name]
+
+
+@cache
+def _folders() -> list[Path]:
+    """Where this CPU's objects may be: shipped with the package, or in the cache."""
+    name, features = cpu()
+    fit = [name]
+    if "NUMBA_CPU_NAME" not in os.environ:
+        fit += [level for level, needed in LEVELS.items() if has(features, needed)]
+    shipped = (SHIPPED / folder_name(each) for each in fit)
+    return [*(folder for folder in shipped if folder.is_dir()), cache_folder() / folder_name(name, features)]
+
+
+@cache
+def _writable() -> Path:
+    """Where what is missing is compiled to: the cache, or a folder of this process's."""
+    folder = _folders()[-1]
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    warnings.warn(f"sbncore: no writable cache at {folder}, kernels compile anew", stacklevel=2)
+    temporary = tempfile.TemporaryDirectory(prefix="sbncore-")
+    atexit.register(temporary.cleanup)
+    _folders().append(Path(temporary.name))
+    return _folders()[-1]
+
+
+def cache_folder() -> Path:
+    """Return where folders of objects are kept: $SBNCORE_CACHE_DIR, or the user's cache."""
+    place = os.environ.get("SBNCORE_CACHE_DIR")
+    if place:
+        return Path(place)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sbncore"
+
+
+def has(features: str, needed: Iterable[str]) -> bool:
+    """Return whether a CPU of such features has those needed."""
+    return set(features.split(",")).issuperset(f"+{one}" for one in needed)
+
+
+def folder_name(cpu_name: str, features: str = "") -> str:
+    """Return the name of a folder of objects: for which system and CPU, of which sources."""
+    what = hashlib.sha256(features.encode())
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        if source.stem not in HOST:
+            what.update(source.read_bytes())
+    return f"{sys.platform}-{cpu_name}-{what.hexdigest()[:12]}"
+
+
+@cache
+def cpu() -> tuple[str, str]:
+    """The name and the features of the CPU that is compiled for; NUMBA_CPU_NAME names another."""
+    llvm, name = _llvm(), os.environ.get("NUMBA_CPU_NAME")
+    features = os.environ.get("NUMBA_CPU_FEATURES")
+    if features is None:
+        features = "" if name else llvm.get_host_cpu_features().flatten()
+    return name or llvm.get_host_cpu_name(), features
+
+
+@cache
+def _llvm() -> Any:
+    from llvmlite import binding
+
+    return binding
+
+
+@cache
+def _linker() -> Any:
+    llvm = _llvm()
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    machine = llvm.Target.from_default_triple().create_target_machine()
+    return llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+
+
+def _unlock() -> None:
+    """In a forked child nobody is left to release the lock."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock)

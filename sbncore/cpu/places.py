@@ -1,0 +1,77 @@
+"""`sbncore.hashing` and the places of the commonest parts, compiled: the same words, the same runs."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sbncore.cpu.compiled import loop
+from sbncore.cpu.elements import draw_at, memory
+
+GOLDEN, FIRST, SECOND = (
+    np.uint64(word) for word in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)
+
+
+@loop()
+def absorb(key, word):
+    z = (np.uint64(word) ^ key) + GOLDEN
+    z = (z ^ (z >> np.uint64(30))) * FIRST
+    z = (z ^ (z >> np.uint64(27))) * SECOND
+    return z ^ (z >> np.uint64(31))
+
+
+@loop()
+def stream_key(d):
+    """The key of one stream of draws, of signed words."""
+    key = np.uint64(0)
+    for word in (d.seed, d.layer, d.step, d.stream):
+        key = absorb(key, word)
+    return key
+
+
+@loop()
+def bounded(word, size):
+    return np.int64(((word >> np.uint64(32)) * np.uint64(size)) >> np.uint64(32))
+
+
+def map_places(address):
+    """`sbncore.plans.MapPlaces`, in the order of memory."""
+    d = draw_at(address)
+    key, S, positions, run, stride, align = stream_key(d), d.S, d.positions, d.run, d.stride, d.align
+    runs = -(-positions // run)
+    shape = ((runs + 1) * d.rows,)
+    begin, length, share = memory(d.begin, shape, 0), memory(d.length, shape, 0), memory(d.share, shape, 0.0)
+    count = 0
+    for n in range(d.first, d.first + d.rows):
+        start = align * bounded(absorb(key, 0 if d.common else n), S // align)
+        wrapped = 0  # the first run that begins behind the map's end, and so at its front
+        while wrapped < runs and start + wrapped * stride < S:
+            wrapped += 1
+        last = start + (wrapped - 1) * stride
+        tail = last + min(run, positions - (wrapped - 1) * run) - S
+        if tail > 0:
+            begin[count], length[count] = n * S, tail
+            count += 1
+        for k in range(runs):
+            i = (wrapped + k) % runs
+            place = start + i * stride
+            size = min(run, positions - i * run)
+            begin[count] = n * S + place % S
+            length[count] = min(size, S - place % S)
+            count += 1
+    for k in range(count):
+        share[k] = d.weight
+    d.count = count
+
+
+def whole_samples(address):
+    """`sbncore.plans.WholeSamples` at a stride, in the order of memory."""
+    d = draw_at(address)
+    shape = (d.samples,)
+    begin, length, share = memory(d.begin, shape, 0), memory(d.length, shape, 0), memory(d.share, shape, 0.0)
+    start = bounded(absorb(stream_key(d), 0), d.rows)
+    wrapped = min(d.samples, -(-(d.rows - start) // d.stride))  # the first that lies behind the last row
+    for k in range(d.samples):
+        sample = (start + (wrapped + k) % d.samples * d.stride) % d.rows
+        begin[k], length[k], share[k] = (d.first + sample) * d.S, d.S, d.weight
+    d.count = d.samples
