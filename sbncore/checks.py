@@ -10,6 +10,7 @@ import numpy as np
 
 from sbncore.arrays import PARAMETER, address, borrow, element_type, place
 from sbncore.drawing import batch_shape, integer, is_array
+from sbncore.interchange import LOOKS
 from sbncore.layout import Layout
 from sbncore.plans import Plan
 from sbncore.statistics import Given, Statistics
@@ -88,16 +89,17 @@ def separate(running: Running, others: tuple[np.ndarray | None, ...]) -> bool:
 def likeness(arrays: tuple[Any, ...], *options: Any) -> Any:
     """Return all that checks look at but memory, to know again what passed them.
 
-    None where an array is not NumPy's own, or an option of an unusual type.
+    None where an array is neither NumPy's own nor CuPy's, or an option of an unusual type.
     """
     looks: list[Any] = []
     for array in arrays:
-        if array is None:
-            looks.append(None)
-        elif type(array) is np.ndarray:
-            looks.append((array.shape, array.strides, array.dtype))
-        else:
+        look = None if array is None else LOOKS.get(type(array))
+        if look is not None:
+            looks.append(look(array))
+        elif array is not None:
             return None
+        else:
+            looks.append(None)
     for option in options:
         kind = type(option)
         if kind not in USUAL:

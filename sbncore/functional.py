@@ -134,7 +134,8 @@ def forward_in_place(
         apart = view, given.weight, given.bias, *read, *moved
         target = checks.output(out, view, apart, (given.residual,))
     if alike is not None and call is None:
-        remember(known, alike, _calls().call_of(view, layout, given, out, activation == "relu", gradient))
+        relu, calls = activation == "relu", _calls(view)
+        remember(known, alike, calls.call_of(view, layout, given, out, relu, gradient, plan=plan))
     with on_device(view):
         flat = layout.flatten(view)
         y = Result(flat, layout, x, out, target)
@@ -325,7 +326,7 @@ def normalize(
         apart = given.weight, given.bias, by.mean, by.var
         target = checks.output(out, view, apart, (view, given.residual))
     if alike is not None and call is None:
-        remember(_known, alike, _calls().call_of(view, layout, given, out, activation == "relu", by=by))
+        remember(_known, alike, _calls(view).call_of(view, layout, given, out, activation == "relu", by=by))
     with on_device(view):
         flat = layout.flatten(view)
         y = Result(flat, layout, x, out, target)
@@ -345,10 +346,12 @@ def phases_for(view: np.ndarray) -> ModuleType:
     return _phases_for(isinstance(view, np.ndarray))
 
 
-@cache
-def _calls() -> ModuleType:
-    from sbncore.cpu import calls
-
+def _calls(view: np.ndarray) -> ModuleType:
+    """Return the module of an engine's cached calls."""
+    if isinstance(view, np.ndarray):
+        from sbncore.cpu import calls
+    else:
+        from sbncore.cuda import calls  # type: ignore[no-redef]
     return calls
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import fake_cupy
 import numpy as np
 import pytest
+from product import SAMPLERS
 
 import sbncore as sbn
-from sbncore.cuda import device, driver, phases
+from sbncore.cuda import calls, device, driver, phases
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def cupy(monkeypatch):
     fake = fake_cupy.module(["float", "float16"])
     monkeypatch.setitem(sys.modules, "cupy", fake)
     monkeypatch.setattr(driver, "launch", fake_cupy.launch)
-    for cached in (device.cupy, device._device):
+    for cached in (device.cupy, device.device_at):
         cached.cache_clear()
     address = phases.address
 
@@ -29,7 +30,7 @@ def cupy(monkeypatch):
 
     monkeypatch.setattr(phases, "address", watched)
     yield fake
-    for cached in (device.cupy, device._device):
+    for cached in (device.cupy, device.device_at):
         cached.cache_clear()
 
 
@@ -58,6 +59,35 @@ def test_cupy_arrays_in_cupy_arrays_out(rng, cupy, dtype, channel_axis, activati
         got, want = got.get().astype(float), want.astype(float)
         np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance)
     assert statistics.count == expected.count
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("channel_axis", [1, -1])
+@pytest.mark.parametrize("name", ["full", "run", "strided", "virtual", "random"])
+def test_cached_calls_give_the_bits_of_the_general_path(rng, cupy, monkeypatch, dtype, channel_axis, name):
+    """The first call of its kind takes the general path; no plan that draws tables has another."""
+    taken = []
+    forward = calls.Call.forward
+    monkeypatch.setattr(calls.Call, "forward", lambda *a: taken.append(forward(*a)) or taken[-1])
+    x, residual, dy = (cupy.array(rng.normal(size=(32, 8, 3, 8)).astype(dtype)) for _ in range(3))
+    C = x.shape[channel_axis]
+    for relu, add, gradient in ((False, False, "exact"), (True, False, "detached"), (True, True, "sampled")):
+        if name == "virtual" and gradient == "sampled":
+            gradient = "exact"
+        results = []
+        for _ in range(2):
+            vectors = [cupy.array(np.linspace(1, 2, C).astype(np.float32)) for _ in range(4)]
+            out = cupy.array(np.zeros(x.shape, dtype))
+            y, saved = sbn.batch_norm(
+                x, *vectors, training=True, sampler=SAMPLERS[name], activation="relu" if relu else None,
+                residual=residual if add else None, gradient=gradient, channel_axis=channel_axis, out=out,
+            )  # fmt: skip
+            assert y is out
+            grads = sbn.backward(dy, saved)
+            arrays = [y, *vectors[:2], *(g for g in grads if g is not None)]
+            results.append([array.get().tobytes() for array in arrays])
+        assert results[0] == results[1]
+    assert len(taken) == (0 if name == "random" else 3) and None not in taken
 
 
 def test_phases_merge_and_training(rng, cupy):

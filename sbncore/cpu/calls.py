@@ -28,6 +28,7 @@ def call_of(
     relu: bool,
     gradient: str = "exact",
     by: Given | None = None,
+    plan: Plan | None = None,
 ) -> Call | None:
     """Return the call for arguments such as these, checked, or None where each must go the long way."""
     likes = [layout.lies(array) for array in (x, given.residual, out) if array is not None]

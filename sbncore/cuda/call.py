@@ -7,6 +7,7 @@ numbers and the keys of the draw.
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -71,6 +72,8 @@ class Launch(NamedTuple):
     threads: int
 
 
+Keys = Sequence[tuple[int, int]]  # of each part: its key, or what comes before the step, and its stream
+NO_TABLES: Mapping[int, int] = {}
 _HEAD = struct.Struct("<21Q5d6q")
 _GEOMETRY = struct.Struct("<13qq")  # and the number of parts
 _KEY = struct.Struct("<QQ")
@@ -100,14 +103,12 @@ class Call:
         self._template = record
 
     def record(
-        self, pointers: Pointers, numbers: Numbers, parts: tuple[Part, ...], tables: dict[int, int]
+        self, pointers: Pointers, numbers: Numbers, keys: Keys, tables: Mapping[int, int] = NO_TABLES
     ) -> bytes:
         """Return the bytes of a run; ``tables`` holds the addresses of drawn values, by part."""
         record = bytearray(self._template)
         _HEAD.pack_into(record, 0, *pointers, *numbers)
-        for k, part in enumerate(parts):
-            key = part.key
-            words = (key, 0) if isinstance(key, int) else (key.before, key.stream)
+        for k, words in enumerate(keys):
             _KEY.pack_into(record, _FIRST_PART + k * _PART.size, *words)
         for k, table in tables.items():
             struct.pack_into("<Q", record, _FIRST_PART + (k + 1) * _PART.size - 8, table)
@@ -163,6 +164,12 @@ class Call:
 
 
 call_of = lru_cache(maxsize=1024)(Call)
+
+
+def keys_of(parts: tuple[Part, ...]) -> Keys:
+    """Return the words of the parts' keys, as in places.cu's Part."""
+    keys = [part.key for part in parts]
+    return [(key, 0) if isinstance(key, int) else (key.before, key.stream) for key in keys]
 
 
 def table_size(part: Part, size: int) -> int:

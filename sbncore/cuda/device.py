@@ -11,6 +11,7 @@ from typing import Any
 
 from sbncore.cuda import driver
 from sbncore.cuda.call import Launch
+from sbncore.interchange import LOOKS
 
 FILES = ("device.cu", "places.cu", "channels.cu", "passes.cu", "sbn.cu")
 OPTIONS = ("--std=c++17",)
@@ -41,6 +42,7 @@ def cupy() -> ModuleType:
         raise RuntimeError(f"CuPy finds no usable NVIDIA driver or GPU: {complaint}") from None
     if not count:
         raise RuntimeError("CuPy finds an NVIDIA driver but no GPU; is CUDA_VISIBLE_DEVICES empty?")
+    LOOKS[cupy.ndarray] = lambda array: (array.shape, array.strides, array.dtype, array.device.id)
     return cupy  # type: ignore[no-any-return]
 
 
@@ -77,13 +79,17 @@ class Device:
             raise TypeError(f"step: expected an array on {self._device}, got one on {array.device}")
         return array
 
-    def launch(self, launches: Iterable[Launch], record: bytes) -> None:
-        """Launch kernels one after the other, with the bytes of their one argument."""
+    def launch(self, launches: Iterable[Launch], record: bytes, stream: int | None = None) -> None:
+        """Launch kernels one after the other, with the bytes of their one argument.
+
+        On CuPy's current stream, unless another is given.
+        """
         with self._device:
             if not hasattr(self._threads, "has_context"):
                 self._cupy.cuda.runtime.free(0)  # makes the context current, as the driver asks
                 self._threads.has_context = True
-            stream = self._cupy.cuda.get_current_stream().ptr
+            if stream is None:
+                stream = self._cupy.cuda.get_current_stream().ptr
             for name, grid, threads in launches:
                 kernel = self._kernels.get(name) or self._compiled(name)
                 driver.launch(kernel, grid, threads, stream, record, self._overlap)
@@ -105,12 +111,13 @@ class Device:
 
 
 @cache
-def _device(index: int) -> Device:
+def device_at(index: int) -> Device:
+    """Return the device of an index."""
     return Device(index)
 
 
 def device_of(array: Any) -> Device:
     """Return the device of a CuPy array."""
-    return _device(array.device.id)
+    return device_at(array.device.id)
 
 

@@ -100,7 +100,7 @@ __device__ void sweep(const Shared<A>& shared, const Call& call, Share share, Ch
                         narrow(dresidual.at[i], g);
                     }
                     if (M != MOMENTS && dx_to) store<T, V>(dx_to, begin + (h + u) * call.row, dx);
-                    if (M == MASKED && dresidual_to) store<T, V>(dresidual_to, begin + (h + u) * call.row, dresidual);
+                    if (M >= RELU && dresidual_to) store<T, V>(dresidual_to, begin + (h + u) * call.row, dresidual);
                 }
             }
             if (SUM && A::K == 1) {

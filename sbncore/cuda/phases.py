@@ -113,7 +113,8 @@ def restored(x: Any, layout: Layout, plan: Plan, kept: Kept) -> State:
     if draws.tables:
         draws.step = draws.kept
         prepared = _call(device, x, layout, plan, ())
-        record = prepared.record(Pointers(step=_at(draws.kept)), Numbers(), plan.parts, draws.tables)
+        pointers, keys = Pointers(step=_at(draws.kept)), call.keys_of(plan.parts)
+        record = prepared.record(pointers, Numbers(), keys, draws.tables)
         device.launch([call.draw(plan.parts, plan.S)], record)
     return state
 
@@ -173,7 +174,7 @@ def backward(
         total_scale=scale, writes=not (through and plan.full),
         elements=_elements({"weight": dweight, "bias": dbias}, x),
     )  # fmt: skip
-    record = prepared.record(pointers, numbers, plan.parts, state.draws.tables)
+    record = prepared.record(pointers, numbers, call.keys_of(plan.parts), state.draws.tables)
     launches.append(prepared.finish("backward"))
     _launch_repaired(device, prepared, launches, record, plan, mode if through else None)
     for array, wanted in zip((dx, dresidual), asked, strict=True):
@@ -203,7 +204,7 @@ def repair(dx: Any, dy: Any, saved: Saved, dweight: Any, dbias: Any) -> None:
         dx=address(written), mask=_at(state.mask), x=address(x), dy=address(dy), step=_at(state.draws.kept)
     )
     numbers = Numbers(total_scale=1.0, from_places=True, from_blocks=1)
-    record = prepared.record(pointers, numbers, plan.parts, state.draws.tables)
+    record = prepared.record(pointers, numbers, call.keys_of(plan.parts), state.draws.tables)
     mode = "MASKED" if masked else "RELU" if saved.relu else "PLAIN"
     _launch_repaired(device, prepared, [prepared.finish("backward")], record, plan, mode)
     if written is not dx:
@@ -264,7 +265,7 @@ def _run_forward(
         state=address(state.values), step=_at(draws.step), step_kept=_at(draws.kept),
         partial=between.partial, shift=between.shift, **{name: address(a) for name, a in held.items()},
     )  # fmt: skip
-    record = prepared.record(pointers, numbers, plan.parts, draws.tables)
+    record = prepared.record(pointers, numbers, call.keys_of(plan.parts), draws.tables)
     device.launch([*launches, prepared.finish("forward"), *write], record)
     for name in ("running_mean", "running_var"):
         if name in held and held[name] is not arrays[name]:
