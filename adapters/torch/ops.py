@@ -109,9 +109,12 @@ def outputs(
 
 
 @cache
-def _quick() -> ModuleType:
-    from sbncore.adapters.torch import quick  # Numba, which a GPU does without
-
+def _quick(kind: str) -> ModuleType:
+    """Return the module of a kind of device's calls from addresses."""
+    if kind == "cuda":
+        from sbncore.adapters.torch import gpu as quick
+    else:
+        from sbncore.adapters.torch import quick  # type: ignore[no-redef]
     return quick
 
 
@@ -120,18 +123,17 @@ def _forward(
     running_mean: Tensor | None, running_var: Tensor | None, step: Tensor, sampler: str, seed: int,
     layer: int, momentum: float, eps: float, relu: bool, skip_nonfinite: bool, *, in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    if x.device.type == "cpu":
-        quick = _quick()
-        shape = quick.shape_of(x)
-        call = quick.call_for(shape, sampler, relu and residual is not None)
-        fits = not x.is_neg() and (residual is None or quick.fits(residual, shape)) and 0 < eps < math.inf
-        vectors = call and fits and call.vectors(weight, bias, running_mean, running_var)
-        if vectors and (call.plan.prior == 0 or running_mean is not None):
-            draw = seed, layer, int(step)
-            return call.forward(
-                x, vectors, residual, running_mean, running_var, draw, momentum, eps, relu, skip_nonfinite,
-                in_place,
-            )  # fmt: skip
+    quick = _quick(x.device.type)
+    shape = quick.shape_of(x)
+    call = quick.call_for(shape, sampler, relu and residual is not None)
+    fits = all(quick.fits(one, shape) for one in (x, residual) if one is not None) and 0 < eps < math.inf
+    vectors = call and fits and call.vectors(weight, bias, running_mean, running_var)
+    if vectors and (call.plan.prior == 0 or running_mean is not None):
+        draw = seed, layer, step if x.is_cuda else int(step)  # a GPU's is read there
+        return call.forward(
+            x, vectors, residual, running_mean, running_var, draw, momentum, eps, relu, skip_nonfinite,
+            in_place,
+        )  # fmt: skip
     x, residual = aligned(x), None if residual is None else aligned(residual)
     y, state, mask, mean, var = results = outputs(x, residual, relu, (running_mean, running_var))
     with engine_stream(x), torchs_errors:
@@ -172,13 +174,12 @@ def _backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, state: Tensor, mask: Tensor,
     sampler: str, seed: int, layer: int, relu: bool, gradient: str, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    if x.device.type == "cpu":
-        quick = _quick()
-        shape = quick.shape_of(x)
-        call = quick.call_for(shape, sampler, mask.numel() > 0)
-        suits = call and all(p is None or p.dtype is call.parameter for p in (weight, bias))
-        if suits and not x.is_neg() and quick.fits(dy, shape):
-            return call.backward(dy, x, weight, bias, state, mask, seed, layer, relu, gradient, needs)
+    quick = _quick(x.device.type)
+    shape = quick.shape_of(x)
+    call = quick.call_for(shape, sampler, mask.numel() > 0)
+    suits = call and all(p is None or p.dtype is call.parameter for p in (weight, bias))
+    if suits and quick.fits(x, shape) and quick.fits(dy, shape):
+        return call.backward(dy, x, weight, bias, state, mask, seed, layer, relu, gradient, needs)
     wanted = [name for name, needed in zip(GRADIENTS, needs, strict=True) if needed]
     with engine_stream(x):
         draw = sampler, seed, layer
