@@ -8,7 +8,7 @@ from ctypes import addressof
 import numpy as np
 
 from sbncore.cpu.kernels import compiled
-from sbncore.cpu.record import Draw, address
+from sbncore.cpu.record import Draw, addresses
 from sbncore.plans import MapPlaces, Plan, Runs, WholeSamples
 
 FEW = 4  # runs of a map, that are drawn here
@@ -54,7 +54,8 @@ def drawing(recipe: Plan) -> Callable[[int, int, int], Runs]:
             return recipe.drawn(seed, layer, step).runs
         record, room = Draw.from_buffer_copy(template), np.empty((3, most), np.int64)
         record.seed, record.layer, record.step = seed, layer, step
-        record.begin = first = address(room)
+        (first,) = addresses(room)
+        record.begin = first
         record.length, record.share = first + 8 * most, first + 16 * most
         places(addressof(record))
         begin, length, share = room[:, : record.count]

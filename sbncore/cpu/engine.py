@@ -21,7 +21,7 @@ from sbncore.cpu.record import (
     SAMPLE,
     SPOTS,
     Record,
-    address,
+    addresses,
 )
 from sbncore.layout import Layout
 from sbncore.plans import Runs
@@ -39,6 +39,7 @@ PARALLEL = 1 << 20  # elements worth waking the other threads: it takes 50 to 10
 AWAKE = 8  # times fewer are worth threads that are awake, OpenMP's
 SUPPOSED = 32 << 20  # bytes of a last cache at least
 LINE = 64  # bytes
+CLAIMS = Record.claims.offset
 NOWHERE = Runs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
 
 
@@ -87,6 +88,7 @@ class Engine:
     memory: str  # in the kernels' names
     whole = True  # whether vectors are parts of lines
     cached = False  # whether small arrays are read twice in one order
+    piece = 0  # elements of what runs are cut into, if they are
     tasks: int
 
     def __init__(self, layout: Layout) -> None:
@@ -96,18 +98,15 @@ class Engine:
     def prepare(self, cuts: dict[str, int], **scratch: int) -> None:
         """Make the record that calls begin with; ``scratch`` is the bytes of a thread's memory of a name."""
         record = Record(**dict(zip("NCS", self.sizes, strict=True)), **cuts, cached=self.cached)
+        self.scratch = 0
         for name, size in scratch.items():
-            setattr(record, name, record.scratch_size)
-            record.scratch_size += _multiple(size, LINE)
+            setattr(record, name, self.scratch)
+            self.scratch += _multiple(size, LINE)
         self.template = bytes(record)
 
     def groups(self, everything: bool, drawn: int) -> int:
         """Return of how many tasks sums are kept apart, over everything or over so many runs."""
         raise NotImplementedError
-
-    def pieces(self, drawn: int) -> int:
-        """Return into how many pieces so many runs are cut at most."""
-        return 0
 
     def forward(
         self,
@@ -136,13 +135,18 @@ class Engine:
         ) = channels  # fmt: skip
         if record.prior:
             prior_mean, prior_var = (p.astype(np.float64, copy=False) for p in (prior_mean, prior_var))
-            record.prior_mean, record.prior_var = address(prior_mean), address(prior_var)
+            record.prior_mean, record.prior_var = addresses(prior_mean, prior_var)
         full = full and len(runs.begin) > 0
-        record.full, record.times, record.writes = full, weigh, y is not None
-        record.stream = y is not None and self.whole and y.nbytes >= KEPT * STREAM
-        record.x, record.y, record.residual = address(x), address(y), address(residual)
-        record.weight, record.bias, record.values = address(weight), address(bias), address(values)
-        record.running_mean, record.running_var = address(running_mean), address(running_var)
+        record.full, record.times = full, weigh
+        record.x, record.y, record.residual, record.values = addresses(x, y, residual, values)
+        if y is not None:
+            record.writes, record.stream = True, self.whole and y.nbytes >= KEPT * STREAM
+        if weight.size:
+            (record.weight,) = addresses(weight)
+        if bias.size:
+            (record.bias,) = addresses(bias)
+        if running_mean.size:
+            record.running_mean, record.running_var = addresses(running_mean, running_var)
         self._run("forward", record, x, mask, relu, residual is not None, runs, full and self.cached)
 
     def backward(
@@ -176,9 +180,13 @@ class Engine:
         if dx is None and dresidual is not None:
             dx = np.empty_like(x)  # a kernel writes both or neither
         record.writes, record.stream = dx is not None, self.whole and x.nbytes >= STREAM
-        record.dx, record.dresidual, record.dy = address(dx), address(dresidual), address(dy)
-        record.x, record.values, record.total = address(x), address(values), address(total)
-        record.dweight, record.dbias = address(dweight), address(dbias)
+        record.dx, record.dresidual, record.dy, record.x, record.values, record.total = addresses(
+            dx, dresidual, dy, x, values, total
+        )
+        if dweight.size:
+            (record.dweight,) = addresses(dweight)
+        if dbias.size:
+            (record.dbias,) = addresses(dbias)
         self._run("backward", record, x, mask, relu, dresidual is not None, runs, scale <= 0)
 
     def _run(
@@ -190,18 +198,19 @@ class Engine:
         kernel = kernels.kernel(
             self.memory, direction, x.dtype.char, relu, residual, mask is not None, trains
         )
-        if mask is not None:
-            record.mask, record.mask_size = address(mask), mask.size
-        begin, length, share = runs
-        record.runs = drawn = len(begin)
-        record.begin, record.length, record.share = address(begin), address(length), address(share)
-        record.groups, record.capacity = self.groups(everything, drawn), self.pieces(drawn)
-        record.scratch_size += 24 * record.capacity
+        record.runs = drawn = len(runs.begin)
+        record.groups = groups = self.groups(everything, drawn)
+        scratch, partial = self.scratch, _multiple(16 * groups * self.sizes[1], LINE)
+        if self.piece:
+            record.capacity = capacity = drawn + self.elements // self.piece
+            scratch += _multiple(24 * capacity, LINE)
         count = threads.count(self.tasks) if self._parallel() else 1
-        partial = 16 * record.groups * self.sizes[1]
-        room, here = np.empty(partial + count * record.scratch_size, np.uint8), addressof(record)
-        record.counters, record.partial = here + Record.claims.offset, address(room)
-        record.scratch = record.partial + partial
+        room, here = np.empty(LINE + partial + count * scratch, np.uint8), addressof(record)
+        record.begin, record.length, record.share, first = addresses(*runs, room)
+        record.partial = first = _multiple(first, LINE)  # no vector across two lines
+        record.counters, record.scratch, record.scratch_size = here + CLAIMS, first + partial, scratch
+        if mask is not None:
+            (record.mask,), record.mask_size = addresses(mask), mask.size
         threads.run(kernel, here, count)
 
     def _parallel(self) -> bool:
@@ -269,7 +278,7 @@ class Last(Engine):
         tile = max(1, _multiple(max(1, TILE // width), LANES // math.gcd(C, LANES)))
         piece = _multiple(max(PLACES, RUN // width), tile)
         span = _multiple(max(-(-places // TASKS), -(-TASK // width)), tile)
-        self.tasks, self.piece, self.places = -(-places // span), piece, places
+        self.tasks, self.piece = -(-places // span), piece * width
         cuts = {"tile": tile, "piece": piece, "span": span}
         self.prepare(
             cuts, spots=8 * SPOTS, sums=16 * BLOCK, slopes=16 * C, rows=8 * 5 * tile * C, pieces=0,
@@ -277,9 +286,6 @@ class Last(Engine):
 
     def groups(self, everything: bool, drawn: int) -> int:
         return self.tasks if everything else min(GROUPS, drawn)
-
-    def pieces(self, drawn: int) -> int:
-        return drawn + self.places // self.piece
 
 
 @lru_cache(maxsize=1024)
