@@ -82,6 +82,15 @@ class Channels(NamedTuple):
     skip_nonfinite: bool
 
 
+class Call(NamedTuple):
+    """A kernel, the record that its calls begin with, and bytes of ``partial`` and of a thread's memory."""
+
+    kernel: kernels.Function
+    template: bytes
+    partial: int
+    scratch: int
+
+
 class Engine:
     """The kernels over arrays of a layout, whose memory is cut into tasks by the shape alone."""
 
@@ -102,7 +111,7 @@ class Engine:
         for name, size in scratch.items():
             setattr(record, name, self.scratch)
             self.scratch += _multiple(size, LINE)
-        self.template = bytes(record)
+        self.template, self.call = bytes(record), lru_cache(maxsize=256)(self._call)
 
     def groups(self, everything: bool, drawn: int) -> int:
         """Return of how many tasks sums are kept apart, over everything or over so many runs."""
@@ -128,7 +137,14 @@ class Engine:
         """
         if self.sizes[1] == 0:
             return
-        record = Record.from_buffer_copy(self.template)
+        drawn, writes = len(runs.begin), y is not None
+        full = full and drawn > 0
+        stream = y is not None and self.whole and y.nbytes >= KEPT * STREAM
+        call = self.call(
+            "forward", x.dtype.char, relu, residual is not None, mask is not None, full and self.cached,
+            drawn, full, weigh, writes, stream, False, EVERYTHING,
+        )  # fmt: skip
+        record = Record.from_buffer_copy(call.template)
         (
             weight, bias, prior_mean, prior_var, record.prior, record.eps, running_mean, running_var,
             record.factor, record.unbiased, record.skip_nonfinite,
@@ -136,18 +152,12 @@ class Engine:
         if record.prior:
             prior_mean, prior_var = (p.astype(np.float64, copy=False) for p in (prior_mean, prior_var))
             record.prior_mean, record.prior_var = addresses(prior_mean, prior_var)
-        full = full and len(runs.begin) > 0
-        record.full, record.times = full, weigh
-        record.x, record.y, record.residual, record.values = addresses(x, y, residual, values)
-        if y is not None:
-            record.writes, record.stream = True, self.whole and y.nbytes >= KEPT * STREAM
-        if weight.size:
-            (record.weight,) = addresses(weight)
-        if bias.size:
-            (record.bias,) = addresses(bias)
+        record.x, record.y, record.residual, record.values, record.weight, record.bias = addresses(
+            x, y, residual, values, weight if weight.size else None, bias if bias.size else None
+        )
         if running_mean.size:
             record.running_mean, record.running_var = addresses(running_mean, running_var)
-        self._run("forward", record, x, mask, relu, residual is not None, runs, full and self.cached)
+        self._run(call, record, runs, mask)
 
     def backward(
         self,
@@ -174,41 +184,48 @@ class Engine:
             scale: 0 for sums over everything; above it, for sums over the runs times it; below, the sums are
                 given in total, and dx, written without them, is made right.
         """
-        record, drawn = Record.from_buffer_copy(self.template), len(runs.begin)
-        record.sums_over = EVERYTHING if scale == 0 else SAMPLE if scale > 0 else GIVEN
-        record.times, record.full, record.repairs = scale, full and drawn > 0, dx is not None and drawn > 0
+        drawn, repairs, residual = len(runs.begin), dx is not None, dresidual is not None
         if dx is None and dresidual is not None:
             dx = np.empty_like(x)  # a kernel writes both or neither
-        record.writes, record.stream = dx is not None, self.whole and x.nbytes >= STREAM
+        call = self.call(
+            "backward", x.dtype.char, relu, residual, mask is not None, scale <= 0, drawn, full and drawn > 0,
+            scale, dx is not None, self.whole and x.nbytes >= STREAM, repairs and drawn > 0,
+            EVERYTHING if scale == 0 else SAMPLE if scale > 0 else GIVEN,
+        )  # fmt: skip
+        record = Record.from_buffer_copy(call.template)
         record.dx, record.dresidual, record.dy, record.x, record.values, record.total = addresses(
             dx, dresidual, dy, x, values, total
         )
-        if dweight.size:
-            (record.dweight,) = addresses(dweight)
-        if dbias.size:
-            (record.dbias,) = addresses(dbias)
-        self._run("backward", record, x, mask, relu, dresidual is not None, runs, scale <= 0)
-
-    def _run(
-        self, direction: str, record: Record, x: np.ndarray, mask: np.ndarray | None, relu: bool,
-        residual: bool, runs: Runs, everything: bool,
-    ) -> None:  # fmt: skip
-        """Give the record its runs, mask and scratch memory, and run its kernel on it."""
-        trains = direction == "forward" and len(runs.begin) > 0
-        kernel = kernels.kernel(
-            self.memory, direction, x.dtype.char, relu, residual, mask is not None, trains
+        record.dweight, record.dbias = addresses(
+            dweight if dweight.size else None, dbias if dbias.size else None
         )
-        record.runs = drawn = len(runs.begin)
-        record.groups = groups = self.groups(everything, drawn)
-        scratch, partial = self.scratch, _multiple(16 * groups * self.sizes[1], LINE)
+        self._run(call, record, runs, mask)
+
+    def _call(
+        self, direction: str, letter: str, relu: bool, residual: bool, mask: bool, everything: bool,
+        drawn: int, full: bool, times: float, writes: bool, stream: bool, repairs: bool, sums_over: int,
+    ) -> Call:  # fmt: skip
+        """Return what calls alike but for their memory have in common."""
+        trains = direction == "forward" and drawn > 0
+        kernel = kernels.kernel(self.memory, direction, letter, relu, residual, mask, trains)
+        record, scratch = Record.from_buffer_copy(self.template), self.scratch
+        record.full, record.times, record.writes, record.stream = full, times, writes, stream
+        record.repairs, record.sums_over = repairs, sums_over
+        record.runs, record.groups = drawn, self.groups(everything, drawn)
         if self.piece:
-            record.capacity = capacity = drawn + self.elements // self.piece
-            scratch += _multiple(24 * capacity, LINE)
+            record.capacity = drawn + self.elements // self.piece
+            scratch += _multiple(24 * record.capacity, LINE)
+        record.scratch_size = scratch
+        return Call(kernel, bytes(record), _multiple(16 * record.groups * self.sizes[1], LINE), scratch)
+
+    def _run(self, call: Call, record: Record, runs: Runs, mask: np.ndarray | None) -> None:
+        """Give the record its runs, mask and scratch memory, and run its kernel on it."""
+        kernel, _, partial, scratch = call
         count = threads.count(self.tasks) if self._parallel() else 1
         room, here = np.empty(LINE + partial + count * scratch, np.uint8), addressof(record)
         record.begin, record.length, record.share, first = addresses(*runs, room)
-        record.partial = first = _multiple(first, LINE)  # no vector across two lines
-        record.counters, record.scratch, record.scratch_size = here + CLAIMS, first + partial, scratch
+        record.partial = first = (first + LINE - 1) & -LINE  # no vector across two lines
+        record.counters, record.scratch = here + CLAIMS, first + partial
         if mask is not None:
             (record.mask,), record.mask_size = addresses(mask), mask.size
         threads.run(kernel, here, count)
