@@ -13,6 +13,7 @@ from strategies import DTYPES, cases
 import sbncore as sbn
 from sbncore import reference
 from sbncore.cpu import engine
+from sbncore.cpu.phases import narrow
 
 
 def check(case):
@@ -194,3 +195,16 @@ def test_few_places_of_many_short_maps(rng, gradient, side):
         assert error(y, y_true) <= TOLERANCE["float32"]
         for name in ("x", "weight", "bias", "residual"):
             assert error(getattr(grads, name), true[name]) <= TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize(("dtype", "storage"), [("float16", np.int16), ("bfloat16", np.uint16)])
+def test_parameters_gradients_are_narrowed_to_nearest_even(rng, dtype, storage):
+    """Also those half way, those that overflow, and what is not a number."""
+    heads = np.arange(2**16) << 16
+    bits = np.concatenate([rng.integers(0, 2**32, 20000), heads, heads | 2**15])
+    values = bits.astype(np.uint32).view(np.float32)
+    got = narrow(values, np.dtype(storage)).view(DTYPES[dtype])
+    with np.errstate(over="ignore", invalid="ignore"):
+        expected = values.astype(DTYPES[dtype])
+    assert (np.isnan(got) == np.isnan(values)).all()
+    assert (got == expected)[~np.isnan(values)].all()

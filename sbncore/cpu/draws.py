@@ -8,7 +8,7 @@ from ctypes import addressof
 import numpy as np
 
 from sbncore.cpu.kernels import compiled
-from sbncore.cpu.record import Draw, address
+from sbncore.cpu.record import Draw, addresses
 from sbncore.plans import MapPlaces, Plan, Runs, WholeSamples
 
 FEW = 4  # runs of a map, that are drawn here
@@ -46,19 +46,20 @@ def drawing(recipe: Plan) -> Callable[[int, int, int], Runs]:
             "positions": part.positions, "run": length, "stride": part.stride, "align": part.align,
             "common": part.common,
         }  # fmt: skip
-    template = bytes(Draw(**fixed))
+    template, share = bytes(Draw(**fixed)), np.empty(most)  # all draws write the same weights
+    row = 8 * most
 
     def draw(seed: int, layer: int, step: int) -> Runs:
         places = compiled(name)
         if places is None:  # by a process's first kernel
             return recipe.drawn(seed, layer, step).runs
-        record, room = Draw.from_buffer_copy(template), np.empty((3, most), np.int64)
+        record, room = Draw.from_buffer_copy(template), np.empty((2, most), np.int64)
         record.seed, record.layer, record.step = seed, layer, step
-        record.begin = first = address(room)
-        record.length, record.share = first + 8 * most, first + 16 * most
+        record.begin, record.share = begin, _ = addresses(room, share)
+        record.length = begin + row
         places(addressof(record))
-        begin, length, share = room[:, : record.count]
-        return Runs(begin, length, share.view(np.float64))
+        count = record.count
+        return Runs(room[0, :count], room[1, :count], share[:count])
 
     return draw
 

@@ -21,7 +21,7 @@ from sbncore.cpu.record import (
     SAMPLE,
     SPOTS,
     Record,
-    address,
+    addresses,
 )
 from sbncore.layout import Layout
 from sbncore.plans import Runs
@@ -39,6 +39,7 @@ PARALLEL = 1 << 20  # elements worth waking the other threads: it takes 50 to 10
 AWAKE = 8  # times fewer are worth threads that are awake, OpenMP's
 SUPPOSED = 32 << 20  # bytes of a last cache at least
 LINE = 64  # bytes
+CLAIMS = Record.claims.offset
 NOWHERE = Runs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
 
 
@@ -81,12 +82,22 @@ class Channels(NamedTuple):
     skip_nonfinite: bool
 
 
+class Call(NamedTuple):
+    """A kernel, the record that its calls begin with, and bytes of ``partial`` and of a thread's memory."""
+
+    kernel: kernels.Function
+    template: bytes
+    partial: int
+    scratch: int
+
+
 class Engine:
     """The kernels over arrays of a layout, whose memory is cut into tasks by the shape alone."""
 
     memory: str  # in the kernels' names
     whole = True  # whether vectors are parts of lines
     cached = False  # whether small arrays are read twice in one order
+    piece = 0  # elements of what runs are cut into, if they are
     tasks: int
 
     def __init__(self, layout: Layout) -> None:
@@ -96,18 +107,15 @@ class Engine:
     def prepare(self, cuts: dict[str, int], **scratch: int) -> None:
         """Make the record that calls begin with; ``scratch`` is the bytes of a thread's memory of a name."""
         record = Record(**dict(zip("NCS", self.sizes, strict=True)), **cuts, cached=self.cached)
+        self.scratch = 0
         for name, size in scratch.items():
-            setattr(record, name, record.scratch_size)
-            record.scratch_size += _multiple(size, LINE)
-        self.template = bytes(record)
+            setattr(record, name, self.scratch)
+            self.scratch += _multiple(size, LINE)
+        self.template, self.call = bytes(record), lru_cache(maxsize=256)(self._call)
 
     def groups(self, everything: bool, drawn: int) -> int:
         """Return of how many tasks sums are kept apart, over everything or over so many runs."""
         raise NotImplementedError
-
-    def pieces(self, drawn: int) -> int:
-        """Return into how many pieces so many runs are cut at most."""
-        return 0
 
     def forward(
         self,
@@ -129,21 +137,27 @@ class Engine:
         """
         if self.sizes[1] == 0:
             return
-        record = Record.from_buffer_copy(self.template)
+        drawn, writes = len(runs.begin), y is not None
+        full = full and drawn > 0
+        stream = y is not None and self.whole and y.nbytes >= KEPT * STREAM
+        call = self.call(
+            "forward", x.dtype.char, relu, residual is not None, mask is not None, full and self.cached,
+            drawn, full, weigh, writes, stream, False, EVERYTHING,
+        )  # fmt: skip
+        record = Record.from_buffer_copy(call.template)
         (
             weight, bias, prior_mean, prior_var, record.prior, record.eps, running_mean, running_var,
             record.factor, record.unbiased, record.skip_nonfinite,
         ) = channels  # fmt: skip
         if record.prior:
             prior_mean, prior_var = (p.astype(np.float64, copy=False) for p in (prior_mean, prior_var))
-            record.prior_mean, record.prior_var = address(prior_mean), address(prior_var)
-        full = full and len(runs.begin) > 0
-        record.full, record.times, record.writes = full, weigh, y is not None
-        record.stream = y is not None and self.whole and y.nbytes >= KEPT * STREAM
-        record.x, record.y, record.residual = address(x), address(y), address(residual)
-        record.weight, record.bias, record.values = address(weight), address(bias), address(values)
-        record.running_mean, record.running_var = address(running_mean), address(running_var)
-        self._run("forward", record, x, mask, relu, residual is not None, runs, full and self.cached)
+            record.prior_mean, record.prior_var = addresses(prior_mean, prior_var)
+        record.x, record.y, record.residual, record.values, record.weight, record.bias = addresses(
+            x, y, residual, values, weight if weight.size else None, bias if bias.size else None
+        )
+        if running_mean.size:
+            record.running_mean, record.running_var = addresses(running_mean, running_var)
+        self._run(call, record, runs, mask)
 
     def backward(
         self,
@@ -170,38 +184,50 @@ class Engine:
             scale: 0 for sums over everything; above it, for sums over the runs times it; below, the sums are
                 given in total, and dx, written without them, is made right.
         """
-        record, drawn = Record.from_buffer_copy(self.template), len(runs.begin)
-        record.sums_over = EVERYTHING if scale == 0 else SAMPLE if scale > 0 else GIVEN
-        record.times, record.full, record.repairs = scale, full and drawn > 0, dx is not None and drawn > 0
+        drawn, repairs, residual = len(runs.begin), dx is not None, dresidual is not None
         if dx is None and dresidual is not None:
             dx = np.empty_like(x)  # a kernel writes both or neither
-        record.writes, record.stream = dx is not None, self.whole and x.nbytes >= STREAM
-        record.dx, record.dresidual, record.dy = address(dx), address(dresidual), address(dy)
-        record.x, record.values, record.total = address(x), address(values), address(total)
-        record.dweight, record.dbias = address(dweight), address(dbias)
-        self._run("backward", record, x, mask, relu, dresidual is not None, runs, scale <= 0)
-
-    def _run(
-        self, direction: str, record: Record, x: np.ndarray, mask: np.ndarray | None, relu: bool,
-        residual: bool, runs: Runs, everything: bool,
-    ) -> None:  # fmt: skip
-        """Give the record its runs, mask and scratch memory, and run its kernel on it."""
-        trains = direction == "forward" and len(runs.begin) > 0
-        kernel = kernels.kernel(
-            self.memory, direction, x.dtype.char, relu, residual, mask is not None, trains
+        call = self.call(
+            "backward", x.dtype.char, relu, residual, mask is not None, scale <= 0, drawn, full and drawn > 0,
+            scale, dx is not None, self.whole and x.nbytes >= STREAM, repairs and drawn > 0,
+            EVERYTHING if scale == 0 else SAMPLE if scale > 0 else GIVEN,
+        )  # fmt: skip
+        record = Record.from_buffer_copy(call.template)
+        record.dx, record.dresidual, record.dy, record.x, record.values, record.total = addresses(
+            dx, dresidual, dy, x, values, total
         )
-        if mask is not None:
-            record.mask, record.mask_size = address(mask), mask.size
-        begin, length, share = runs
-        record.runs = drawn = len(begin)
-        record.begin, record.length, record.share = address(begin), address(length), address(share)
-        record.groups, record.capacity = self.groups(everything, drawn), self.pieces(drawn)
-        record.scratch_size += 24 * record.capacity
+        record.dweight, record.dbias = addresses(
+            dweight if dweight.size else None, dbias if dbias.size else None
+        )
+        self._run(call, record, runs, mask)
+
+    def _call(
+        self, direction: str, letter: str, relu: bool, residual: bool, mask: bool, everything: bool,
+        drawn: int, full: bool, times: float, writes: bool, stream: bool, repairs: bool, sums_over: int,
+    ) -> Call:  # fmt: skip
+        """Return what calls alike but for their memory have in common."""
+        trains = direction == "forward" and drawn > 0
+        kernel = kernels.kernel(self.memory, direction, letter, relu, residual, mask, trains)
+        record, scratch = Record.from_buffer_copy(self.template), self.scratch
+        record.full, record.times, record.writes, record.stream = full, times, writes, stream
+        record.repairs, record.sums_over = repairs, sums_over
+        record.runs, record.groups = drawn, self.groups(everything, drawn)
+        if self.piece:
+            record.capacity = drawn + self.elements // self.piece
+            scratch += _multiple(24 * record.capacity, LINE)
+        record.scratch_size = scratch
+        return Call(kernel, bytes(record), _multiple(16 * record.groups * self.sizes[1], LINE), scratch)
+
+    def _run(self, call: Call, record: Record, runs: Runs, mask: np.ndarray | None) -> None:
+        """Give the record its runs, mask and scratch memory, and run its kernel on it."""
+        kernel, _, partial, scratch = call
         count = threads.count(self.tasks) if self._parallel() else 1
-        partial = 16 * record.groups * self.sizes[1]
-        room, here = np.empty(partial + count * record.scratch_size, np.uint8), addressof(record)
-        record.counters, record.partial = here + Record.claims.offset, address(room)
-        record.scratch = record.partial + partial
+        room, here = np.empty(LINE + partial + count * scratch, np.uint8), addressof(record)
+        record.begin, record.length, record.share, first = addresses(*runs, room)
+        record.partial = first = (first + LINE - 1) & -LINE  # no vector across two lines
+        record.counters, record.scratch = here + CLAIMS, first + partial
+        if mask is not None:
+            (record.mask,), record.mask_size = addresses(mask), mask.size
         threads.run(kernel, here, count)
 
     def _parallel(self) -> bool:
@@ -269,7 +295,7 @@ class Last(Engine):
         tile = max(1, _multiple(max(1, TILE // width), LANES // math.gcd(C, LANES)))
         piece = _multiple(max(PLACES, RUN // width), tile)
         span = _multiple(max(-(-places // TASKS), -(-TASK // width)), tile)
-        self.tasks, self.piece, self.places = -(-places // span), piece, places
+        self.tasks, self.piece = -(-places // span), piece * width
         cuts = {"tile": tile, "piece": piece, "span": span}
         self.prepare(
             cuts, spots=8 * SPOTS, sums=16 * BLOCK, slopes=16 * C, rows=8 * 5 * tile * C, pieces=0,
@@ -277,9 +303,6 @@ class Last(Engine):
 
     def groups(self, everything: bool, drawn: int) -> int:
         return self.tasks if everything else min(GROUPS, drawn)
-
-    def pieces(self, drawn: int) -> int:
-        return drawn + self.places // self.piece
 
 
 @lru_cache(maxsize=1024)

@@ -58,9 +58,7 @@ def functions(*names: str) -> list[Function]:
 
 def compiled(name: str) -> Function | None:
     """Return a C function, or None where nobody has compiled it yet."""
-    if name not in loaded and _file(name) is None:
-        return None
-    return loaded.get(name) or _load(name)
+    return loaded.get(name) or (None if _file(name) is None else _load(name))
 
 
 def _file(name: str) -> Path | None:
