@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from sbncore.arrays import PARAMETER, address, borrow, element_type, place
-from sbncore.drawing import batch_shape, integer, is_array
+from sbncore.drawing import Sampler, batch_shape, integer, is_array
 from sbncore.interchange import LOOKS
 from sbncore.layout import Layout
 from sbncore.plans import Plan
 from sbncore.statistics import Given, Statistics
 
 GRADIENTS = ("exact", "sampled", "detached")
+ACTIVATIONS = (None, "relu")
 OUTPUTS = ("x", "weight", "bias", "residual")
 USUAL = (float, int, str, type(None))  # types of options
 
@@ -193,11 +194,52 @@ def momentum_of(momentum: Any, step: Any) -> float:
         if integer("step", step) < 0:
             raise ValueError(f"step: expected at least 0 for a cumulative average, got {step}")
         return 1 / (step + 1)
+    return _fraction(momentum)
+
+
+def _fraction(momentum: Any) -> float:
     if isinstance(momentum, bool) or not isinstance(momentum, int | float | np.floating):
         raise TypeError(f"momentum: expected a number or None, got {momentum!r}")
     if not 0 <= momentum <= 1:
         raise ValueError(f"momentum: expected a number in [0, 1], got {momentum!r}")
     return float(momentum)
+
+
+def _sampler(value: Any) -> Sampler:
+    if not isinstance(value, Sampler):
+        raise TypeError(f"sampler: expected a Sampler, got {type(value).__name__}")
+    return value
+
+
+def _chosen(value: Any, name: str, choices: tuple[Any, ...]) -> Any:
+    choice(value, name, choices)
+    return value
+
+
+def flag(value: Any, name: str) -> bool:
+    """Return a yes or no; 1 and "no" are none."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+    return bool(value)
+
+
+# Each option's rule: it returns the value as the engine takes it, or raises ValueError or TypeError.
+OPTIONS: dict[str, Callable[[Any], Any]] = {
+    "eps": lambda value: epsilon(value, statistics_are_given=True),
+    "momentum": lambda value: None if value is None else _fraction(value),
+    "sampler": _sampler,
+    "gradient": lambda value: _chosen(value, "gradient", GRADIENTS),
+    "activation": lambda value: _chosen(value, "activation", ACTIVATIONS),
+    "seed": lambda value: integer("seed", value),
+    "layer": lambda value: integer("layer", value),
+    "skip_nonfinite": lambda value: flag(value, "skip_nonfinite"),
+}
+
+
+def gradient_for(gradient: str, sampler: Sampler) -> None:
+    """Complain about sums estimated from virtual samples."""
+    if gradient == "sampled" and sampler.virtual:
+        raise ValueError("gradient: 'sampled' expects a sample of the batch, got virtual samples too")
 
 
 class Running(NamedTuple):

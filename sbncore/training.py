@@ -62,8 +62,8 @@ def batch_norm(
     """
     view = checks.array(x, "x", channel_axis)
     layout = layout_of(view, channel_axis)
-    if not isinstance(sampler, Sampler):
-        raise TypeError(f"sampler: expected a Sampler, got {type(sampler).__name__}")
+    checks.OPTIONS["sampler"](sampler)
+    skip_nonfinite = checks.OPTIONS["skip_nonfinite"](skip_nonfinite)
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean, running_var: expected both or neither, got one of them")
     if running_mean is None and not training:
@@ -82,7 +82,7 @@ def batch_norm(
         plan = Plan((layout.N, *layout.spatial), (), 1.0)
     running = None
     if training and stored:
-        running = checks.Running(stored[0], stored[1], factor, bool(skip_nonfinite))
+        running = checks.Running(stored[0], stored[1], factor, skip_nonfinite)
     return forward_in_place(
         x, weight, bias, plan, prior if plan.prior > 0 else None, eps, channel_axis, activation, residual,
         gradient, out, running,

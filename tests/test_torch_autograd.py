@@ -158,7 +158,7 @@ def compiled_training(name, options, backend):
 
 
 @pytest.mark.parametrize("name, options", [
-    ("run", {}), ("twice", {"momentum": None}), ("virtual", {"track_running_stats": False}),
+    ("run", {}), ("twice", {"momentum": None}), ("virtual", {"track_running_stats": False, "own_rows": True}),
     ("prior", {"gradient": "detached"}),
 ])  # fmt: skip
 def test_a_compiled_training_is_the_eager_one_without_breaks_or_recompilations(name, options):

@@ -184,3 +184,70 @@ def test_bad_arguments_change_nothing():
         with pytest.raises(kind, match=complaint):
             convert_sampled_batchnorm(*arguments, **options)
         assert not [layer for layer in norms(plain) if isinstance(layer, SampledBatchNorm)]
+
+
+class Trivial(nn.BatchNorm2d):
+    """Adds nothing."""
+
+
+class Deeper(Trivial):
+    def __init__(self, channels):
+        super().__init__(channels, eps=1e-3, momentum=0.2)
+
+
+class Helped(nn.BatchNorm2d):
+    def fold(self):
+        return self.weight
+
+
+def test_a_subclass_that_adds_nothing_is_converted_and_comes_back():
+    made = convert_sampled_batchnorm(nn.Sequential(Trivial(4), Deeper(4)), FS)
+    assert [type(layer) for layer in made] == [SampledBatchNorm2d] * 2 and made[1].eps == 1e-3
+    again = convert_sampled_batchnorm(made, sbn.Full())
+    reverted = revert_sampled_batchnorm(again)
+    assert [type(layer) for layer in reverted] == [Trivial, Deeper]
+    assert {*vars(reverted[1])} == {*vars(Deeper(4))}
+    with pytest.warns(UserWarning, match="0: Helped has fold of its own and is left"):
+        convert_sampled_batchnorm(nn.Sequential(Helped(4)), FS)
+    layer = nn.BatchNorm2d(4)
+    layer.forward = lambda x: x
+    with pytest.warns(UserWarning, match="BatchNorm2d has its own forward and is left"):
+        assert convert_sampled_batchnorm(layer, FS) is layer
+
+
+def test_a_model_without_batch_normalization_is_said():
+    plain = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    with pytest.warns(UserWarning, match="Sequential has no BatchNorm layer, and stays as it is") as said:
+        assert convert_sampled_batchnorm(plain, FS) is plain
+    assert len(said) == 1
+
+
+def test_many_notes_are_one_warning():
+    plain = nn.Sequential(*(Custom(4) for _ in range(49)), Helped(4), DependsOnData())
+    with pytest.warns(UserWarning) as said:
+        convert_sampled_batchnorm(plain, FS, fuse=True)
+    assert len(said) == 1
+    lines = str(said[0].message).splitlines()
+    assert len(lines) == 3 and lines[0].startswith("0, 1, 2, ")
+    assert lines[0].endswith("48: Custom has its own forward and is left")
+
+
+def test_wrong_names_are_answered_by_the_right_ones():
+    for options in ({"sampler": {"bn1": FS}}, {"sampler": FS, "skip": ["bn1"]}):
+        with pytest.raises(ValueError, match=r"got \['bn1'\]; it has '1', '3.1', '6'$"):
+            convert_sampled_batchnorm(model(), **options)
+    with pytest.raises(ValueError, match=r"got \['bn1'\]; it has none$"):
+        convert_sampled_batchnorm(nn.Linear(2, 3), {"bn1": FS})
+
+
+def test_options_out_of_range_are_refused_before_anything_is_replaced():
+    plain = model()
+    plain[3][1].eps = -1.0
+    with pytest.raises(ValueError, match=r"3\.1: eps: expected a positive number, got -1\.0"):
+        convert_sampled_batchnorm(plain, FS)
+    plain[3][1].eps, plain[6].momentum = 1e-5, 5.0
+    with pytest.raises(ValueError, match="6: momentum: expected a number in"):
+        convert_sampled_batchnorm(plain, FS)
+    with pytest.raises(TypeError, match="process_group: expected None, 'world' or a ProcessGroup, got 'all'"):
+        convert_sampled_batchnorm(model(), FS, process_group="all")
+    assert not [layer for layer in norms(plain) if isinstance(layer, SampledBatchNorm)]

@@ -24,7 +24,7 @@ def everything(sampler, dtype, last, relu, add, gradient, monkeypatch, long):
     parameter = torch.float64 if dtype == "float64" else torch.float32
     layer = SampledBatchNorm2d(
         5, sampler=sampler, gradient=gradient, activation="relu" if relu else None, seed=-3, layer=2**63,
-        dtype=parameter, skip_nonfinite=True,
+        dtype=parameter, skip_nonfinite=True, own_rows=True,
     )  # fmt: skip
     results = []
     with monkeypatch.context() as patched:

@@ -60,7 +60,8 @@ def data(ranks, sizes, kind=torch.float64):
 
 
 def layer(sampler, **options):
-    made = SampledBatchNorm2d(3, sampler=sampler, dtype=torch.float64, seed=5, layer=2, **options)
+    options = {"seed": 5, "layer": 2, "own_rows": True} | options
+    made = SampledBatchNorm2d(3, sampler=sampler, dtype=torch.float64, **options)
     with torch.no_grad():
         made.weight.copy_(torch.tensor([0.5, 1.0, 2.0]))
         made.bias.copy_(torch.tensor([0.1, 0.0, -1.0]))

@@ -5,19 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import sbncore as sbn
 from sbncore import checks
-from sbncore.adapters.torch import names, ops, replay
+from sbncore.adapters.torch import names, ops, refusals, replay
 from sbncore.adapters.torch.function import BatchNorm, Options
-from sbncore.adapters.torch.ranks import group_of, over_ranks
-from sbncore.drawing import integer
+from sbncore.adapters.torch.ranks import group_of, over_ranks, process_group
 
 FULL = sbn.Full()
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+OPTIONS = checks.OPTIONS | {
+    "process_group": process_group,
+    "own_rows": lambda value: checks.flag(value, "own_rows"),
+}
 
 
 class SampledBatchNorm(_BatchNorm):
@@ -30,7 +32,8 @@ class SampledBatchNorm(_BatchNorm):
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: as torch's. eps is
             positive.
-        sampler: how to draw; `sbncore.Full` is torch's batch normalization.
+        sampler: how to draw; `sbncore.Full` is torch's batch normalization. One with virtual samples expects
+            a `VirtualBatch` around the layer, or ``own_rows``.
         gradient: "exact", "sampled" or "detached", as `sbncore.forward`.
         activation: None or "relu", fused.
         process_group: ranks that share their statistics, "world" for all there are; None is this one alone.
@@ -39,6 +42,10 @@ class SampledBatchNorm(_BatchNorm):
             The step is ``num_batches_tracked``.
         skip_nonfinite: leave a channel's running statistics as they were where its mean or variance is not
             finite (a step that GradScaler will skip).
+        own_rows: the caller appends the virtual samples to every batch and removes them, without a
+            `VirtualBatch`.
+
+    All of these, eps and momentum too, may be set anew at any time, and are checked when they are.
 
     forward takes (N, C, *spatial) and optionally a residual of the same shape, dtype and device.
 
@@ -48,8 +55,6 @@ class SampledBatchNorm(_BatchNorm):
 
     Source: Chen et al., IEEE TNNLS 32(1), 2021, section III.
     """
-
-    untracked: Tensor | None
 
     def __init__(
         self,
@@ -69,49 +74,57 @@ class SampledBatchNorm(_BatchNorm):
         seed: int = 0,
         layer: int = 0,
         skip_nonfinite: bool = False,
+        own_rows: bool = False,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:
             self.register_parameter("bias", None)
-        self.configure(sampler, gradient, activation, process_group, seed, layer, skip_nonfinite)
+        self.configure(
+            sampler=sampler, gradient=gradient, activation=activation, process_group=process_group, seed=seed,
+            layer=layer, skip_nonfinite=skip_nonfinite, own_rows=own_rows,
+        )  # fmt: skip
 
-    def configure(
-        self,
-        sampler: sbn.Sampler,
-        gradient: str,
-        activation: str | None,
-        process_group: Any,
-        seed: int,
-        layer: int,
-        skip_nonfinite: bool,
-    ) -> None:
-        """Set what torch's layer has not; arguments as the class's."""
-        checks.choice(gradient, "gradient", checks.GRADIENTS)
-        checks.choice(activation, "activation", (None, "relu"))
-        self.sampler, self.gradient, self.activation = sampler, gradient, activation
-        self._check_gradient()
-        self.process_group, self.skip_nonfinite = process_group, bool(skip_nonfinite)
-        self.seed, self.layer = integer("seed", seed), integer("layer", layer)
-        # counts the draws where num_batches_tracked does not
-        self.register_buffer("untracked", None, persistent=False)
+    def configure(self, **options: Any) -> None:
+        """Set what torch's layer has not; arguments as the class's keyword-only ones, all of them."""
+        options = {"eps": self.eps, "momentum": self.momentum} | options
+        for name in options:
+            self.__dict__.pop(name, None)  # the new ones need not agree with the old
+        for name, value in options.items():
+            setattr(self, name, value)
+        # Counts the draws where num_batches_tracked does not. Here, since none can be made while tracing, and
+        # no buffer, since torch's layer has none.
+        like = self.weight if self.running_mean is None else self.running_mean
+        self.untracked = torch.zeros((), dtype=torch.int64, device=None if like is None else like.device)
 
-    @property
-    def sampler(self) -> sbn.Sampler:
-        """How to draw; may be set anew at any time."""
-        return self._sampler
-
-    @sampler.setter
-    def sampler(self, sampler: sbn.Sampler) -> None:
-        if not isinstance(sampler, sbn.Sampler):
-            raise TypeError(f"sampler: expected a Sampler, got {type(sampler).__name__}")
-        self._sampler, self._name = sampler, names.name_of(sampler)
+    def __setattr__(self, name: str, value: Any) -> None:
+        rule = OPTIONS.get(name)
+        if rule is not None:
+            value = rule(value)
+            if name in ("sampler", "gradient"):
+                both = {name: value}
+                sampler, gradient = (both.get(k, self.__dict__.get(k)) for k in ("sampler", "gradient"))
+                if sampler is not None and gradient is not None:
+                    checks.gradient_for(gradient, sampler)
+            if name == "sampler":
+                self._name, self._has_prior = names.name_of(value), names.has_prior(value)
+        super().__setattr__(name, value)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        names.name_of(self._sampler)
+        self._name = names.name_of(self.sampler)  # another process may call it otherwise
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        moved = fn(self.untracked)
+        if moved is not self.untracked:  # to_empty leaves it undefined, half and the like change its type
+            new = torch.zeros((), dtype=torch.int64, device=moved.device)
+            self.untracked = new if self.untracked.is_meta or new.is_meta else new.copy_(self.untracked)
+        return self
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Return y; in training, move the running statistics and the counter once all is well."""
+        if isinstance(input, fx.Proxy):
+            return refusals.leaf(self, input, residual)
         self._check_input_dim(input)
         if residual is not None and residual.shape != input.shape:
             raise ValueError(
@@ -121,62 +134,59 @@ class SampledBatchNorm(_BatchNorm):
         if not self.training and running_mean is not None:
             return self._evaluated(input, residual)
         tracked = self.training and self.track_running_stats and running_mean is not None
-        if input.shape[1] != self.num_features and (self.affine or tracked):
-            raise RuntimeError(
-                f"input: expected {self.num_features} channels, got shape {tuple(input.shape)}"
-            )
-        if input.dtype not in DTYPES:
-            raise NotImplementedError(f"input: expected one of {DTYPES}, got {input.dtype}")
-        self._check_gradient()
-        counter = self.num_batches_tracked if tracked else self._untracked(input.device)
-        step, counts = replay.step_of(self, counter)
-        arguments = (
-            input, self.weight, self.bias, residual, running_mean if tracked else None,
-            self.running_var if tracked else None, step, self._options(),
-        )  # fmt: skip
+        running = (running_mean, self.running_var) if tracked else (None, None)
+        weight, bias = self.weight, self.bias
+        refusals.check(self, input, weight, bias, *running)
+        counter = self.num_batches_tracked if tracked else None
+        if counter is None:
+            counter = self.untracked
+        known: Any = ()
+        if self.training:
+            read, counts = replay.read((counter, *running) if tracked else (counter,), self._has_prior)
+            step, *known = read
+        else:
+            step, counts = torch.zeros((), dtype=torch.int64, device=input.device), False
+        if step.device != input.device:
+            step = step.to(input.device)
+        arguments = input, weight, bias, residual, *(known or running), step, self._options()
         group = None if self.process_group is None else group_of(self.process_group)
         if group is None:
-            y, mean, var = BatchNorm.apply(*arguments, counts and self.momentum is not None)
+            moves = counts is True and self.momentum is not None
+            in_place = moves and (not known or known[0] is running_mean)
+            y, mean, var = BatchNorm.apply(*arguments, in_place)
         else:
             y, mean, var = over_ranks(*arguments, group)
-        if counts and self.training:
+        if counts is not False:
             if tracked and mean is not None:
-                self._move(mean, var)
-            counter.add_(1)
+                self._move(mean, var, counts)
+            counter.add_(counts)
         return y
 
-    def _check_gradient(self) -> None:
-        if self.gradient == "sampled" and self._sampler.virtual:
-            raise ValueError("gradient: 'sampled' expects a sample of the batch, got virtual samples too")
-
     def _options(self) -> Options:
-        momentum = 1.0 if self.momentum is None else float(self.momentum)
+        momentum = self.momentum
+        if momentum is None:  # as torch: of no number of batches there is no average
+            momentum = 0.0 if self.num_batches_tracked is None else 1.0
         return Options(
-            self._name, ops.word(self.seed), ops.word(self.layer), momentum, float(self.eps),
+            self._name, ops.word(self.seed), ops.word(self.layer), momentum, self.eps,
             self.activation == "relu", self.skip_nonfinite, self.gradient,
         )  # fmt: skip
 
     def _evaluated(self, input: Tensor, residual: Tensor | None) -> Tensor:
-        y = F.batch_norm(
-            input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
-        )
+        running = replay.constants(self.running_mean, self.running_var, input, self.weight)
+        y = F.batch_norm(input, *running, self.weight, self.bias, False, 0.0, self.eps)
         if residual is not None:
             y = y.add_(residual)
         return y.relu_() if self.activation == "relu" else y
 
-    def _move(self, mean: Tensor, var: Tensor) -> None:
-        if self.momentum is None:  # mean and var are then this step's own
+    def _move(self, mean: Tensor, var: Tensor, counts: bool | Tensor) -> None:
+        """Set the running statistics, or if momentum is None let them approach this step's own."""
+        share = None
+        if self.momentum is None and self.num_batches_tracked is not None:
             share = 1 / (self.num_batches_tracked + 1).to(torch.float64)
-            self.running_mean.lerp_(mean, share.to(mean.dtype))
-            self.running_var.lerp_(var, share.to(var.dtype))
-        else:
-            self.running_mean.copy_(mean)
-            self.running_var.copy_(var)
-
-    def _untracked(self, device: torch.device) -> Tensor:
-        if self.untracked is None:
-            self.untracked = torch.zeros((), dtype=torch.int64, device=device)
-        return self.untracked
+        for running, new in ((self.running_mean, mean), (self.running_var, var)):
+            if share is not None:
+                new = running.lerp(new, share.to(new.dtype))
+            running.copy_(new if counts is True else torch.where(counts > 0, new, running))
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:

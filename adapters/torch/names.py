@@ -20,3 +20,10 @@ def name_of(sampler: sbn.Sampler) -> str:
 def named(name: str) -> sbn.Sampler:
     """Return the sampler of a name that was given."""
     return _samplers[name]
+
+
+def has_prior(sampler: sbn.Sampler) -> bool:
+    """Return whether a sampler may give weight to given statistics; one of the user's own may."""
+    if isinstance(sampler, sbn.Mixture):
+        return any(has_prior(one) for _, one in sampler.components)
+    return isinstance(sampler, sbn.Prior) or not sampler.settled

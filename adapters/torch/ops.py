@@ -17,7 +17,7 @@ from torch import Tensor
 
 import sbncore as sbn
 from sbncore import functional
-from sbncore.adapters.torch.exchange import empty_like, engine_stream, layout_of, memory_of
+from sbncore.adapters.torch.exchange import empty_like, engine_stream, format_of, layout_of, memory_of
 from sbncore.adapters.torch.names import named
 from sbncore.arrays import borrow
 from sbncore.checks import Running
@@ -73,14 +73,19 @@ def saved_in(
 
     It always has a residual: its gradient is g, whatever there was.
     """
-    x, kept = aligned(x), kept_in(state, mask, x.shape[1])
+    x, kept = plain(x), kept_in(state, mask, x.shape[1])
     plan = plan_of(x, draw, kept.step if x.is_cuda else kept.step[0], fewest)
     activation = "relu" if relu else None
     return functional.saved_in(kept, x, plan, weight, bias, True, activation, gradient)
 
 
-def aligned(x: Tensor) -> Tensor:
-    """Return a GPU's tensor at an address of 16 bytes, a copy if need be: what a mask's size supposes."""
+def plain(x: Tensor) -> Tensor:
+    """Return a tensor whose memory is its values, a copy if need be.
+
+    It is no negative view, whose bit the dispatcher would have seen, and on a GPU it begins at an address of
+    16 bytes, which a mask's size supposes.
+    """
+    x = x.resolve_neg()
     return x.clone() if x.is_cuda and x.data_ptr() % 16 else x
 
 
@@ -105,7 +110,7 @@ def outputs(
     state = x.new_empty(ROWS * x.shape[1] + 1, dtype=torch.float64)
     mask = x.new_zeros(_mask_size(x) if relu and residual is not None else 0, dtype=torch.uint8)
     mean, var = (x.new_empty(0) if r is None else r.clone() for r in running)
-    return torch.empty_like(x), state, mask, mean, var
+    return torch.empty_like(x, memory_format=format_of(x)), state, mask, mean, var
 
 
 @cache
@@ -134,7 +139,9 @@ def _forward(
             x, vectors, residual, running_mean, running_var, draw, momentum, eps, relu, skip_nonfinite,
             in_place,
         )  # fmt: skip
-    x, residual = aligned(x), None if residual is None else aligned(residual)
+    x, weight, bias, residual, running_mean, running_var = (
+        None if one is None else plain(one) for one in (x, weight, bias, residual, running_mean, running_var)
+    )
     y, state, mask, mean, var = results = outputs(x, residual, relu, (running_mean, running_var))
     with engine_stream(x), torchs_errors:
         plan = plan_of(x, (sampler, seed, layer), step)
@@ -180,6 +187,7 @@ def _backward(
     suits = call and all(p is None or p.dtype is call.parameter for p in (weight, bias))
     if suits and quick.fits(x, shape) and quick.fits(dy, shape):
         return call.backward(dy, x, weight, bias, state, mask, seed, layer, relu, gradient, needs)
+    dy, weight, bias = (None if one is None else one.resolve_neg() for one in (dy, weight, bias))
     wanted = [name for name, needed in zip(GRADIENTS, needs, strict=True) if needed]
     with engine_stream(x):
         draw = sampler, seed, layer
@@ -189,7 +197,8 @@ def _backward(
     dresidual = grads.residual
     if dresidual is dy:  # an operator's result is memory of its own
         dresidual = dy.clone()
-    results = (dx, grads.weight, grads.bias, dresidual)
+    vectors = (None if one is None else one.clone() for one in (grads.weight, grads.bias))  # torch's memory
+    results = (dx, *vectors, dresidual)
     return tuple(x.new_empty(0) if one is None else one for one in results)  # type: ignore[return-value]
 
 

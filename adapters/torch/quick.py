@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sbncore.adapters.torch.exchange import empty_like, layout_of, memory_of
+from sbncore.adapters.torch.exchange import empty_like, format_of, layout_of, numpy_of
 from sbncore.adapters.torch.names import named
 from sbncore.cpu import draws, engine
 from sbncore.layout import Layout
@@ -43,10 +43,8 @@ class Call:
         bits = BITS.get(self.dtype)
         if bits is not None:
             tensor = tensor.view(torch.int16)
-        if tensor.requires_grad:
-            tensor = tensor.detach()
-        memory = memory_of(tensor)
-        flat: np.ndarray = (memory if self.order is None else memory.transpose(self.order)).reshape(-1)
+        memory = numpy_of(tensor)
+        flat = (memory if self.order is None else memory.transpose(self.order)).reshape(-1)
         return flat if bits is None else flat.view(bits)
 
     def vectors(self, *tensors: Tensor | None) -> list[np.ndarray] | None:
@@ -58,7 +56,7 @@ class Call:
                 continue
             if t.dtype is not self.parameter or not t.is_cpu or t.is_neg():
                 return None
-            view = memory_of(t.detach() if t.requires_grad else t)
+            view = numpy_of(t)
             if view.shape != self.channels or not view.flags.c_contiguous:
                 return None
             views.append(view)
@@ -86,8 +84,8 @@ class Call:
             torch.autograd.graph.increment_version((mean, var))
         else:
             mean, var = running_mean.clone(), running_var.clone()
-            after = [memory_of(mean), memory_of(var)]
-        kept = memory_of(state)
+            after = [numpy_of(mean), numpy_of(var)]
+        kept = numpy_of(state)
         kept[-1:].view(np.int64)[0] = draw[2]
         parameters = engine.Channels(
             weight, bias, before[0], before[1], prior, eps, after[0], after[1], momentum, self.unbiased,
@@ -95,7 +93,7 @@ class Call:
         )  # fmt: skip
         self.engine.forward(
             self.flat(y), self.flat(x), None if residual is None else self.flat(residual),
-            kept[:-1].reshape(ROWS, C), memory_of(mask) if self.masked else None, parameters, relu,
+            kept[:-1].reshape(ROWS, C), numpy_of(mask) if self.masked else None, parameters, relu,
             self.runs(*draw), self.full, self.weigh,
         )  # fmt: skip
         return y, state, mask, mean, var
@@ -105,7 +103,7 @@ class Call:
         seed: int, layer: int, relu: bool, gradient: str, needs: list[bool],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """The operator's results."""
-        C, kept = self.layout.C, memory_of(state)
+        C, kept = self.layout.C, numpy_of(state)
         dx, dresidual = (empty_like(x) if needed else None for needed in (needs[0], needs[3]))
         dweight, dbias = (
             torch.empty(C if needed else 0, dtype=self.parameter) for needed in needs[1:3]
@@ -116,8 +114,8 @@ class Call:
             scale = x.numel() / C * self.weigh if gradient == "sampled" else 0.0
         self.engine.backward(
             None if dx is None else self.flat(dx), None if dresidual is None else self.flat(dresidual),
-            self.flat(dy), self.flat(x), memory_of(mask) if self.masked else None,
-            kept[:-1].reshape(ROWS, C), np.empty((2, C)), memory_of(dweight), memory_of(dbias), relu, runs,
+            self.flat(dy), self.flat(x), numpy_of(mask) if self.masked else None,
+            kept[:-1].reshape(ROWS, C), np.empty((2, C)), numpy_of(dweight), numpy_of(dbias), relu, runs,
             self.full, scale,
         )  # fmt: skip
         dx, dresidual = (torch.empty(0, dtype=self.dtype) if d is None else d for d in (dx, dresidual))
@@ -131,6 +129,8 @@ def call_for(x: Shape, sampler: str, masked: bool) -> Call | None:
     like = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
     if like.numel() == 0 or not torch.empty_like(like).stride() == strides:
         return None
+    if torch.empty_like(like, memory_format=format_of(like)).stride() != strides:  # y is to lie otherwise
+        return None
     layout, plan = layout_of(like), named(sampler).plan(shape)
     dense = like.movedim(1, -1) if layout.last else like
     if not dense.is_contiguous() or plan.words is None or not draws.takes(plan):
@@ -143,7 +143,7 @@ Shape = tuple[torch.Size, tuple[int, ...], torch.dtype]
 
 def fits(tensor: Tensor, shape: Shape) -> bool:
     """Whether a tensor lies as another of that shape."""
-    return shape_of(tensor) == shape and not tensor.is_neg()
+    return shape_of(tensor) == shape and tensor.is_cpu and not tensor.is_neg()
 
 
 def shape_of(x: Tensor) -> Shape:

@@ -30,6 +30,14 @@ def group_of(process_group: Any) -> Any:
     return group if dist.get_world_size(group) > 1 else None
 
 
+def process_group(value: Any) -> Any:
+    """Return the option of that name, which is checked when it is set."""
+    known = value is None or (dist.is_available() and isinstance(value, dist.ProcessGroup))
+    if not (known or (isinstance(value, str) and value == "world")):
+        raise TypeError(f"process_group: expected None, 'world' or a ProcessGroup, got {value!r}")
+    return value
+
+
 class BatchNormOverRanks(torch.autograd.Function):
     """`sbncore.adapters.torch.function.BatchNorm` over a process group."""
 
@@ -38,7 +46,10 @@ class BatchNormOverRanks(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
         running_mean: Tensor | None, running_var: Tensor | None, step: Tensor, options: Options, group: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        x, residual = ops.aligned(x), None if residual is None else ops.aligned(residual)
+        x, weight, bias, residual, running_mean, running_var = (
+            None if one is None else ops.plain(one)
+            for one in (x, weight, bias, residual, running_mean, running_var)
+        )
         draw = (options.sampler, options.seed, ops.word(options.layer + RANK * dist.get_rank(group)))
         y, state, mask, _, _ = ops.outputs(x, residual, options.relu, (None, None))
         activation = "relu" if options.relu else None
@@ -79,6 +90,7 @@ class BatchNormOverRanks(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("batch normalization over ranks cannot be differentiated twice")
         x, weight, bias, state, mask, share = ctx.saved_tensors
+        dy = dy.resolve_neg()
         options, needs = ctx.options, ctx.needs_input_grad[:4]
         kind = torch.float64 if x.dtype == torch.float64 else torch.float32
         ones = x.new_ones(x.shape[1], dtype=kind)  # where there is no parameter, its sum is wanted still

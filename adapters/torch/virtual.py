@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +14,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_map
 
 from sbncore import noise
-from sbncore.adapters.torch import replay
+from sbncore.adapters.torch import replay, rows
 from sbncore.adapters.torch.layers import SampledBatchNorm
 from sbncore.adapters.torch.ops import word
 from sbncore.drawing import integer
@@ -47,8 +45,7 @@ class VirtualBatch(nn.Module):
 
     The model's dropout modules pass virtual samples unchanged, and draw for the others what they would draw
     without them, where their input's first axis is the batch. ``F.dropout`` and other random functions see
-    all samples. A recomputed forward (`torch.utils.checkpoint`) has the same noise, as
-    `checkpoint_contexts` says of the layers.
+    all samples. A recomputed forward (`torch.utils.checkpoint`) has the same noise.
 
     Raises:
         TypeError, ValueError: for arguments, and for layers whose statistics would include virtual samples
@@ -89,18 +86,18 @@ class VirtualBatch(nn.Module):
             raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
         if x.ndim < 2:
             raise ValueError(f"x: expected (N, C, *spatial), at least 2 axes, got shape {tuple(x.shape)}")
-        step, counts = replay.step_of(self, self.num_batches_tracked)
+        (step,), counts = replay.read([self.num_batches_tracked])
         distribution = channel_noise if self.distribution is None else self.distribution
         virtual = distribution(x, self.count, self.seed, step)
         _check_virtual(virtual, x, self.count)
-        rows = x.shape[0] + self.count
-        with _running(rows, self.count):
+        total = x.shape[0] + self.count
+        with rows.running(total, self.count):
             output = self.model(torch.cat((x, virtual)), *args, **kwargs)
-        if counts:
-            self.num_batches_tracked.add_(1)
+        if counts is not False:
+            self.num_batches_tracked.add_(counts)
 
         def stripped(leaf: Any) -> Any:
-            has_virtual = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == rows
+            has_virtual = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == total
             return leaf[: -self.count] if has_virtual else leaf
 
         return tree_map(stripped, output)
@@ -194,34 +191,14 @@ def _memory_format(x: Tensor) -> torch.memory_format:
     return last
 
 
-class _Now(threading.local):
-    """The batch that a VirtualBatch runs in this thread."""
-
-    def __init__(self) -> None:  # in each thread; defaults of the class would fail torch.compile's guards
-        self.rows = self.virtual = 0
-
-
-_now = _Now()
-
-
-@contextmanager
-def _running(rows: int, virtual: int) -> Iterator[None]:
-    before = _now.rows, _now.virtual
-    _now.rows, _now.virtual = rows, virtual
-    try:
-        yield
-    finally:
-        _now.rows, _now.virtual = before
-
-
 def _drop(dropout: Any, known: dict[int, int], input: Tensor) -> Tensor:
     """A dropout's forward, on real rows alone; ``known`` has the virtual ones of a batch by its rows."""
-    rows = input.shape[0] if input.ndim else 0
-    virtual = _now.virtual if rows == _now.rows else 0
+    total = input.shape[0] if input.ndim else 0
+    virtual = rows.now.virtual if total == rows.now.rows else 0
     if not torch.compiler.is_compiling():
-        if _now.rows == 0 and torch._C._current_graph_task_id() != -1:  # a part of the model, recomputed
-            virtual = known.get(rows, 0)
-        known[rows] = virtual
+        if rows.now.rows == 0 and torch._C._current_graph_task_id() != -1:  # a part of the model, recomputed
+            virtual = known.get(total, 0)
+        known[total] = virtual
     forward = type(dropout).forward
     if virtual == 0 or not dropout.training:
         return forward(dropout, input)

@@ -1,0 +1,122 @@
+"""What a sampled layer cannot do, said before anything has moved."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sbncore.adapters.torch import replay, rows
+from sbncore.adapters.torch.ops import PLAIN
+
+VECTORS = ("weight", "bias", "running_mean", "running_var")
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def check(
+    layer: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
+    running_var: Tensor | None,
+) -> None:  # fmt: skip
+    """Complain about a call that estimates statistics, by torch's types of error where it has one.
+
+    Raises:
+        NotImplementedError: for the input's dtype, as torch.
+        RuntimeError: for vectors that are not of the input's channels, as torch; under torch.jit.trace and
+            torch.func's transforms.
+        ValueError: for virtual samples that nobody has appended, and running statistics that share memory.
+    """
+    if not torch.compiler.is_compiling():
+        _check_transforms()
+    if input.dtype not in DTYPES:
+        raise NotImplementedError(f"input: expected one of {DTYPES}, got {input.dtype}")
+    if (running_mean is None) != (running_var is None):
+        raise RuntimeError("running_mean, running_var: expected both or neither, got one of them")
+    vectors, C = (weight, bias, running_mean, running_var), input.shape[1]
+    for vector in vectors:
+        if vector is not None and (vector.numel() != C or vector.ndim != 1):
+            raise RuntimeError(_lengths(vectors, input))
+    if input.is_meta and any(vector is not None and not vector.is_meta for vector in vectors):
+        raise RuntimeError("input: expected a tensor on the layer's device, got one on the meta device")
+    count = layer.sampler.virtual
+    if count and not layer.own_rows:
+        _check_rows(layer, count, input)
+    if running_mean is not None and running_mean is running_var:
+        raise ValueError("running_var: expected memory apart from running_mean's, got the same tensor")
+    if running_mean is None or running_mean.is_meta or torch.compiler.is_compiling():
+        return
+    if type(running_mean) in PLAIN:
+        _check_apart(vectors)
+
+
+def leaf(layer: Any, input: fx.Proxy, residual: Any) -> Any:
+    """Record the layer's call as torch.fx does its own layers': as one node."""
+    path = input.tracer.path_of_module(layer)
+    if not path:
+        raise fx.proxy.TraceError("a layer by itself cannot be traced: trace a module that calls it")
+    arguments = (input,) if residual is None else (input, residual)
+    return input.tracer.create_proxy("call_module", path, arguments, {})
+
+
+def _check_transforms() -> None:
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "sampled batch normalization in training does not support torch.func's transforms (grad, vjp, "
+            "jacrev, vmap, jvp): use torch.autograd.grad, or the layer in evaluation mode"
+        )
+    if torch._C._is_tracing():
+        raise RuntimeError(
+            "sampled batch normalization in training does not support torch.jit.trace, which would record "
+            "one step's draw: trace the layer in evaluation mode, or use torch.compile"
+        )
+
+
+def _lengths(vectors: tuple[Tensor | None, ...], input: Tensor) -> str:
+    shapes = {name: tuple(v.shape) for name, v in zip(VECTORS, vectors, strict=True) if v is not None}
+    C, different = input.shape[1], {*shapes.values()}
+    if len(different) == 1 and len(shape := different.pop()) == 1:
+        return f"input: expected {shape[0]} channels, got shape {tuple(input.shape)}"
+    name, got = next(item for item in shapes.items() if item[1] != (C,))
+    return f"{name}: expected shape ({C},) for the input's {C} channels, got {got}"
+
+
+def _check_rows(layer: Any, count: int, input: Tensor) -> None:
+    now = rows.now
+    if now.virtual == count and now.rows == input.shape[0]:
+        return
+    if now.rows == 0:
+        if not torch.compiler.is_compiling() and replay.recomputed():
+            return  # a part of a VirtualBatch, recomputed
+        got = "none"
+    else:
+        got = f"one of {now.virtual} in {now.rows} rows, and an input of {input.shape[0]}"
+    raise ValueError(
+        f"sampler: {layer.sampler} expects a VirtualBatch around the model, which appends {count} virtual "
+        f"samples to each training batch, got {got}; own_rows=True says that the last rows are your own"
+    )
+
+
+def _check_apart(vectors: tuple[Tensor | None, ...]) -> None:
+    """Complain about running statistics that share memory with one another, weight or bias."""
+    *parameters, mean, var = vectors
+    a, b = mean.data_ptr(), var.data_ptr()  # type: ignore[union-attr]
+    size = 8 * len(mean)  # type: ignore[arg-type]
+    near = -size < a - b < size or mean.stride(0) != 1 or var.stride(0) != 1  # type: ignore[union-attr]
+    for parameter in parameters:
+        if parameter is not None:
+            first = parameter.data_ptr()
+            near |= -size < first - a < size or -size < first - b < size or parameter.stride(0) != 1
+    if not near:  # most often
+        return
+    named = {name: v for name, v in zip(VECTORS, vectors, strict=True) if v is not None}
+    for (name, one), (other, two) in itertools.combinations(named.items(), 2):
+        if other.startswith("running") and not _places(one).isdisjoint(_places(two)):
+            raise ValueError(f"{other}: expected memory apart from {name}'s, got a tensor that overlaps it")
+
+
+def _places(vector: Tensor) -> set[int]:
+    """Return the addresses of a vector's elements, in units of two bytes."""
+    stride, size = vector.stride(0) * vector.itemsize, vector.itemsize
+    starts = (vector.data_ptr() + index * stride for index in range(len(vector)))
+    return {byte // 2 for start in starts for byte in range(start, start + size, 2)}
