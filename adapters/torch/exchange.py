@@ -105,6 +105,18 @@ def layout_of(x: Tensor) -> Layout:
     return last if strides[1] < min(spatial) else first
 
 
+def dense_layout(
+    shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype
+) -> Layout | None:
+    """Return the layout of tensors that are dense, and as whose y is to lie, or None of others."""
+    x = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+    alike = (torch.preserve_format, format_of(x))
+    if x.numel() == 0 or any(torch.empty_like(x, memory_format=one).stride() != strides for one in alike):
+        return None
+    layout = layout_of(x)
+    return layout if (x.movedim(1, -1) if layout.last else x).is_contiguous() else None
+
+
 def engine_stream(x: Tensor) -> AbstractContextManager[Any]:
     """Return a context in which a GPU's kernels go to torch's current stream there."""
     if x.device.type != "cuda":

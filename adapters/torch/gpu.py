@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from sbncore.adapters.torch.exchange import layout_of
+from sbncore.adapters.torch.exchange import dense_layout
 from sbncore.adapters.torch.names import named
 from sbncore.cuda import dense
 from sbncore.cuda.call import Pointers
@@ -120,15 +120,12 @@ class Call:
 @lru_cache(maxsize=1024)
 def call_for(x: Shape, sampler: str, masked: bool) -> Call | None:
     """Return the call for such a tensor and a sampler's name, or None where the general path is required."""
-    shape, strides, dtype, index = x
-    like = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
-    if like.numel() == 0 or not torch.empty_like(like).stride() == strides:
+    *look, index = x
+    layout = dense_layout(*look)
+    plan = layout and named(sampler).plan(layout.shape)
+    if layout is None or plan is None or plan.words is None or not dense.takes(plan):
         return None
-    layout, plan = layout_of(like), named(sampler).plan(shape)
-    memory = like.movedim(1, -1) if layout.last else like
-    if not memory.is_contiguous() or plan.words is None or not dense.takes(plan):
-        return None
-    return Call(layout, dtype, plan, index)
+    return Call(layout, x[2], plan, index)
 
 
 Shape = tuple[torch.Size, tuple[int, ...], torch.dtype, int]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sbncore.adapters.torch.exchange import empty_like, format_of, layout_of, numpy_of
+from sbncore.adapters.torch.exchange import dense_layout, empty_like, numpy_of
 from sbncore.adapters.torch.names import named
 from sbncore.cpu import draws, engine
 from sbncore.layout import Layout
@@ -125,17 +125,11 @@ class Call:
 @lru_cache(maxsize=1024)
 def call_for(x: Shape, sampler: str, masked: bool) -> Call | None:
     """Return the call for such a tensor and a sampler's name, or None where the long way must be taken."""
-    shape, strides, dtype = x
-    like = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
-    if like.numel() == 0 or not torch.empty_like(like).stride() == strides:
+    layout = dense_layout(*x)
+    plan = layout and named(sampler).plan(layout.shape)
+    if layout is None or plan is None or plan.words is None or not draws.takes(plan):
         return None
-    if torch.empty_like(like, memory_format=format_of(like)).stride() != strides:  # y is to lie otherwise
-        return None
-    layout, plan = layout_of(like), named(sampler).plan(shape)
-    dense = like.movedim(1, -1) if layout.last else like
-    if not dense.is_contiguous() or plan.words is None or not draws.takes(plan):
-        return None
-    return Call(layout, dtype, plan, masked)
+    return Call(layout, x[2], plan, masked)
 
 
 Shape = tuple[torch.Size, tuple[int, ...], torch.dtype]
