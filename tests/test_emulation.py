@@ -72,6 +72,22 @@ def test_phases_and_the_callers_memory(rng, dtype, sampler):
             product.run_in_phases(rng, dtype, shape, SAMPLERS[sampler], last, relu, add)
 
 
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("sampler", ["full", "run"])
+def test_the_gradient_behind_a_relu_is_written_without_a_residual(rng, sampler, last):
+    """A double backward asks for it: g itself, which the residual's gradient is."""
+    x, dy = rng.normal(size=(2, 33, 8, 7, 7))
+    if last:
+        x, dy = product.channels_last(x), product.channels_last(dy)
+    plan, kept = SAMPLERS[sampler].plan(x.shape), Kept(np.full((6, 8), np.nan), None)
+    with emulation.emulated(emulator("float64")):
+        y, _ = functional.forward_in_place(
+            x, None, None, plan, None, 1e-5, 1, "relu", None, "exact", None, kept=kept
+        )
+        saved = functional.saved_in(kept, x, plan, None, None, True, "relu", "exact")
+        assert (sbn.backward(dy, saved, needs=["residual"]).residual == dy * (y > 0)).all()
+
+
 @pytest.mark.parametrize("name", sorted(SAMPLERS.keys() - {"twice"}))
 def test_a_step_is_kept_in_the_callers_memory(rng, name):
     """As an autograd does: backward finds the step that forward drew at, whatever became of the counter."""

@@ -240,13 +240,13 @@ def test_more_than_2_to_the_31_elements():
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_torch_tensors(rng, dtype):
     torch = pytest.importorskip("torch")
-    x = torch.randn(32, 8, 7, 7, device="cuda", dtype=getattr(torch, dtype), requires_grad=True)
-    x_last = x.detach().to(memory_format=torch.channels_last)
+    x = torch.randn(32, 8, 7, 7, device="cuda", dtype=getattr(torch, dtype))
+    x_last = x.to(memory_format=torch.channels_last)
     for tensor in (x, x_last):
         y, saved = sbn.forward(tensor)
         assert isinstance(y, torch.Tensor) and y.dtype == x.dtype and y.device == x.device
         assert y.stride() == tensor.stride()
-        expected = torch.nn.functional.batch_norm(tensor.detach().double(), None, None, training=True)
+        expected = torch.nn.functional.batch_norm(tensor.double(), None, None, training=True)
         assert error(y.double().cpu().numpy(), expected.cpu().numpy()) <= TOLERANCE[dtype]
         assert sbn.backward(y, saved).x.stride() == tensor.stride()
 
@@ -298,6 +298,7 @@ def test_the_pytorch_layer_is_the_cpus(name):
     for last, relu in itertools.product((False, True), repeat=2):
         torch.manual_seed(0)
         options = {"sampler": SAMPLERS[name], "activation": "relu" if relu else None, "layer": 3}
+        options["own_rows"] = SAMPLERS[name].virtual > 0
         layers = [SampledBatchNorm2d(8, dtype=torch.float64, **options) for _ in range(2)]
         layers[1].cuda()
         for _ in range(3):

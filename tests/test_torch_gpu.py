@@ -3,13 +3,14 @@
 import itertools
 
 import emulation
+import numpy as np
 import pytest
 from conftest import TOLERANCE, error
 from product import SAMPLERS
 
 torch = pytest.importorskip("torch")
 
-from sbncore.adapters.torch import gpu, names, quick  # noqa: E402
+from sbncore.adapters.torch import gpu, names, ops, quick  # noqa: E402
 
 NAMES = {"float64": "double", "float32": "float", "float16": "float16", "bfloat16": "bfloat16"}
 
@@ -70,6 +71,11 @@ def test_the_results_are_the_cpus(emulated, dtype, name):
             results.append([y, mean, var, *gradients])
         for got, want in zip(results[1], results[0], strict=True):
             assert error(got.double().numpy(), want.double().numpy()) <= TOLERANCE[dtype]
+
+
+def test_the_step_that_backward_finds_is_an_array_of_one():
+    x, draw = torch.randn(8, 4, 6), (names.name_of(SAMPLERS["twice"]), 1, 2)
+    assert ops.plan_of(x, draw, torch.tensor(5)) == ops.plan_of(x, draw, np.array([5]))
 
 
 def test_what_does_not_suit_is_left_to_the_general_path():

@@ -55,7 +55,7 @@ def plan_of(x: Tensor, draw: Draw, step: Any, fewest: int = 2) -> sbn.Plan:
         plan = named(sampler).plan(x.shape, seed=seed, layer=layer, step=step, fewest=fewest)
         if plan.apart:
             return plan
-    return _drawn(tuple(x.shape), *draw, int(step), fewest)
+    return _drawn(tuple(x.shape), *draw, int(step.item()), fewest)  # an array of one, or its element
 
 
 @lru_cache(maxsize=512)  # backward finds what forward drew
