@@ -23,9 +23,14 @@ demo: $(VENV)/bench.stamp
 test: lint $(if $(TORCH),$(VENV)/torch.stamp)
 	$(PY) -m pytest $(ARGS)
 
+# In stages, each with its result, going on after one that fails; about ten minutes.
 gpu:
-	$(GPU_PYTHON) -m pytest -m gpu -W default tests/test_gpu.py $(ARGS)
-	$(GPU_PYTHON) -m bench layer --device cuda --budget 180
+	@failed=0; set -x; \
+	$(GPU_PYTHON) -m bench kernels --cache || failed=1; \
+	$(GPU_PYTHON) -m pytest -m gpu -W default tests/test_gpu.py -k "not sanitizer" $(ARGS) || failed=1; \
+	$(GPU_PYTHON) -m bench layer --device cuda --budget 180 || failed=1; \
+	$(GPU_PYTHON) -m pytest -m gpu -W default tests/test_gpu.py -k sanitizer $(ARGS) || failed=1; \
+	exit $$failed
 
 bench: $(VENV)/bench.stamp
 	$(PY) -m bench layer $(ARGS)

@@ -286,10 +286,9 @@ def _torch() -> Any:
 
 
 def _shared(cupy: Any, stream: Any) -> Any:
-    try:
-        return cupy.cuda.Stream.from_external(stream)
-    except (AttributeError, TypeError):  # an older CuPy, or a PyTorch whose streams do not speak its protocol
-        return cupy.cuda.ExternalStream(stream.cuda_stream)
+    from sbncore.adapters.torch.exchange import Stream
+
+    return cupy.cuda.Stream.from_external(Stream(stream.cuda_stream))
 
 
 def _told(case: Case, complaint: Exception) -> str:

@@ -9,12 +9,13 @@ import argparse
 import ctypes
 import glob
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from typing import NamedTuple
 
 from sbncore.cuda.device import OPTIONS, source
@@ -153,11 +154,29 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench kernels", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", default=["sm_90"], help=f"of {', '.join(ARCHITECTURES)}")
     parser.add_argument("--types", nargs="+", default=list(TYPES), choices=list(TYPES))
+    parser.add_argument("--cache", action="store_true", help="compile all into CuPy's cache, for its GPU")
     chosen = parser.parse_args(arguments)
+    if chosen.cache:
+        fill_cache()
+        return 0
     jobs = [(kind, architecture) for architecture in chosen.arch for kind in chosen.types]
     for (_, architecture), kernels in zip(jobs, compile_all(jobs), strict=True):
         print(table(kernels, architecture), flush=True)
     return 0
+
+
+def fill_cache(workers: int | None = None) -> None:
+    """Compile every kernel for this machine's GPU into CuPy's cache, in processes of their own."""
+    names, count = instances(), workers or os.cpu_count() or 1
+    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(_fill, [names[k::count] for k in range(count)]))
+    print(f"{len(names)} kernels compiled, or found in CuPy's cache")
+
+
+def _fill(names: list[str]) -> None:
+    from sbncore.cuda.device import device_at
+
+    device_at(0).compile(names)
 
 
 def compile_all(jobs: list[tuple[str, str]]) -> Iterator[list[Kernel]]:

@@ -126,12 +126,22 @@ def engine_stream(x: Tensor) -> AbstractContextManager[Any]:
     return _CurrentStream(cupy(), torch.cuda.current_stream(x.device), x.device.index)
 
 
+class Stream:
+    """A stream's address as CuPy takes it; torch's own streams speak this protocol from 2.10 on."""
+
+    def __init__(self, address: int) -> None:
+        self._address = address
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._address
+
+
 class _CurrentStream:
     """CuPy's device and stream are torch's, within."""
 
     def __init__(self, xp: Any, stream: Any, device: int) -> None:
         self._device = xp.cuda.Device(device)
-        self._make = lambda: xp.cuda.Stream.from_external(stream)
+        self._make = lambda: xp.cuda.Stream.from_external(Stream(stream.cuda_stream))
 
     def __enter__(self) -> None:
         self._device.__enter__()

@@ -94,6 +94,12 @@ class Device:
                 kernel = self._kernels.get(name) or self._compiled(name)
                 driver.launch(kernel, grid, threads, stream, record, self._overlap)
 
+    def compile(self, names: Iterable[str]) -> None:
+        """Compile kernels, which CuPy keeps on disk, before they are launched."""
+        with self._device:
+            for name in names:
+                self._compiled(name)
+
     def _compiled(self, name: str) -> Any:
         """Compile a kernel and return the driver's handle of it."""
         module = self._cupy.RawModule(code=source(), options=OPTIONS, name_expressions=(name,))
