@@ -63,7 +63,7 @@ def battery(library):
                 ((33, 2, 1028), SAMPLERS["full"]), ((35, 44, 7, 7), SAMPLERS["full"]),
                 ((32, 8, 6, 6), SAMPLERS["strided"]), ((12, 4, 8), few), ((40, 2, 15, 15), many),
                 ((9, 3, 7), SAMPLERS["run"]), ((5, 300, 3, 5), SAMPLERS["twice"]),
-                ((64, 70), SAMPLERS["samples"]),
+                ((64, 70), SAMPLERS["samples"]), ((33, 2, 1028), SAMPLERS["samples"]),
             ]
         ):  # fmt: skip
             for last in (False, True):

@@ -56,8 +56,7 @@ __device__ void block_sums(Shared<A>& shared, const typename A::real first[], co
                 for (int k = 1; k < helpers; ++k) total[w] += shared.help[w][t + k];
                 put(w, local, total[w]);
             }
-        block_barrier();
-    }
+    }  // no barrier: a second round has one helper, which reads nobody's
 }
 
 // Parallel: a block is a tile of columns (blockIdx.x) times a share of the rows (y); see sbncore.cuda.geometry.
