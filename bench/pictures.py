@@ -71,6 +71,11 @@ def from_folders(folder: Path) -> Arrays:
     classes = sorted(each.name for each in _shown(folder / "train") if each.is_dir())
     if not classes:
         raise BadData(f"{folder / 'train'}: expected a folder for each class, got none")
+    tested = folder / "test"
+    strange = sorted({e.name for e in _shown(tested) if e.is_dir()} - {*classes} if tested.is_dir() else ())
+    if strange:
+        names = ", ".join(strange)
+        raise BadData(f"{tested}: expected the classes that there are to train on, got {names} too")
     arrays: list[np.ndarray] = []
     for part in ("train", "test"):
         images: list[np.ndarray] = []

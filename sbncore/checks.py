@@ -82,7 +82,9 @@ def output(
 
 
 def separate(running: Running, others: tuple[np.ndarray | None, ...]) -> bool:
-    """Return whether running statistics that are to be moved overlap neither each other nor the others."""
+    """Return whether running statistics that are to be moved overlap neither one another nor the others."""
+    if any(0 in one.strides and one.size > 1 for one in running[:2]):
+        return False
     pairs = [(one, other) for one in running[:2] for other in others if other is not None]
     return not any(_overlap(*pair) for pair in ((running.mean, running.var), *pairs))
 

@@ -124,8 +124,8 @@ def forward_in_place(
     by = None if prior is None else checks.given(prior, layout.C, view)
     if running is not None and not checks.separate(running, (view, *given)):
         raise ValueError(
-            "running_mean, running_var: expected memory of their own, got arrays that overlap each other or "
-            "another argument"
+            "running_mean, running_var: expected memory of their own, got arrays that repeat it, or overlap "
+            "each other or another argument"
         )
     target = None
     if out is not None:

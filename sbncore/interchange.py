@@ -52,6 +52,13 @@ def exportable(array: Any, name: str, written: bool) -> Any:
 def _tensor(torch: Any, tensor: Any, name: str, written: bool) -> Any:
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         raise TypeError(f"{name}: expected a tensor with memory of its own, got {type(tensor).__name__}")
+    forward = torch.autograd.forward_ad
+    followed = forward._current_level >= 0 and forward.unpack_dual(tensor).tangent is not None
+    if followed or torch._C._is_tracing():
+        raise TypeError(
+            f"{name}: expected a tensor that neither forward mode nor torch.jit.trace follows: they do not "
+            "see through sbncore's functions"
+        )
     if tensor.requires_grad:
         if torch.is_grad_enabled():
             raise TypeError(

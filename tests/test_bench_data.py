@@ -247,6 +247,10 @@ def test_folders_that_are_not_what_they_should_be(folders):
     with pytest.raises(data.BadData, match=r"odd.png: expected an image, got"):
         data.load(folders)
     odd.unlink()
+    (folders / "test" / "bird").mkdir()
+    with pytest.raises(data.BadData, match=r"test: expected the classes that there .* got bird too"):
+        data.load(folders)
+    (folders / "test" / "bird").rmdir()
     for path in (folders / "test").rglob("*.png"):
         path.unlink()
     with pytest.raises(data.BadData, match=r"test: expected images .* got none"):

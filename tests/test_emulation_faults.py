@@ -64,11 +64,14 @@ def battery(library):
                 ((32, 8, 6, 6), SAMPLERS["strided"]), ((12, 4, 8), few), ((40, 2, 15, 15), many),
                 ((9, 3, 7), SAMPLERS["run"]), ((5, 300, 3, 5), SAMPLERS["twice"]),
                 ((64, 70), SAMPLERS["samples"]), ((33, 2, 1028), SAMPLERS["samples"]),
+                ((33, 2, 1024), SAMPLERS["full"]),
             ]
         ):  # fmt: skip
             for last in (False, True):
                 run(emulator, rng, "float32", shape, sampler, last, **options[(k + seed) % 4], step=seed)
         run(emulator, rng, "float32", (33, 40, 7, 7), SAMPLERS["run"], False, True, True, "sampled")
+    many_blocks = emulation.EmulatedDevice([library], multiprocessors=132)
+    run(many_blocks, rng, "float32", (33, 2, 1028), SAMPLERS["full"], True)
 
 
 def library(source):

@@ -246,3 +246,58 @@ def test_a_layer_does_not_read_freed_memory():
         y.grad_fn.saved_tensors[0].untyped_storage().resize_(0)
         with pytest.raises((RuntimeError, TypeError), match="a tensor without memory"):
             y.backward(dy)
+
+
+@pytest.mark.parametrize("which", ["running_mean", "running_var"])
+def test_running_statistics_that_repeat_their_memory_are_refused(which):
+    """Each channel would be written over the others'."""
+    x = np.random.default_rng(0).normal(size=(8, 3, 5)).astype(np.float32)
+    running = {"running_mean": np.zeros(3, np.float32), "running_var": np.ones(3, np.float32)}
+    running[which] = np.lib.stride_tricks.as_strided(np.full(1, 7, np.float32), (3,), (0,))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="memory of their own, got arrays that repeat it"):
+            sbn.batch_norm(x, **running, training=True)
+    assert (running[which] == 7).all()
+
+
+class TestTorchsLayer:
+    torch = None
+
+    @pytest.fixture(autouse=True)
+    def _torch(self):
+        type(self).torch = pytest.importorskip("torch")
+
+    @pytest.mark.parametrize("which", ["running_mean", "running_var"])
+    def test_freed_and_repeated_running_statistics(self, which):
+        from sbncore.adapters.torch import SampledBatchNorm2d
+
+        torch = self.torch
+        layer, x = SampledBatchNorm2d(3), torch.randn(8, 3, 5, 5)
+        setattr(layer, which, torch.ones(1).expand(3))
+        before = [buffer.clone() for buffer in layer.buffers()]
+        with pytest.raises(ValueError, match=f"{which}: expected distinct elements"):
+            layer(x)
+        assert all((a == b).all() for a, b in zip(layer.buffers(), before, strict=True))
+        freed = torch.ones(3)
+        freed.untyped_storage().resize_(0)
+        setattr(layer.eval(), which, freed)
+        with pytest.raises(RuntimeError, match=f"{which}: expected a tensor with memory"):
+            layer(x)
+
+    def test_forward_mode_and_tracing_are_refused_before_anything_moves(self):
+        from sbncore.adapters.torch import SampledBatchNorm2d
+
+        torch = self.torch
+        layer, x = SampledBatchNorm2d(3), torch.randn(8, 3, 5, 5)
+        before = [buffer.clone() for buffer in layer.buffers()]
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, x)
+            with pytest.raises(RuntimeError, match="does not support forward mode"):
+                layer(dual)
+            with pytest.raises(TypeError, match="x: expected a tensor that neither forward mode"):
+                sbn.forward(dual)
+            with pytest.raises(TypeError, match="weight: expected a tensor that neither forward mode"):
+                sbn.forward(x, torch.autograd.forward_ad.make_dual(torch.ones(3), torch.ones(3)))
+        with pytest.raises(TypeError, match="x: expected a tensor that neither forward mode"):
+            torch.jit.trace(lambda x: sbn.forward(x)[0], x, check_trace=False)
+        assert all((a == b).all() for a, b in zip(layer.buffers(), before, strict=True))

@@ -172,6 +172,7 @@ class SampledBatchNorm(_BatchNorm):
         )  # fmt: skip
 
     def _evaluated(self, input: Tensor, residual: Tensor | None) -> Tensor:
+        refusals.check_memory(self.running_mean, self.running_var)
         running = replay.constants(self.running_mean, self.running_var, input, self.weight)
         y = F.batch_norm(input, *running, self.weight, self.bias, False, 0.0, self.eps)
         if residual is not None:

@@ -29,6 +29,7 @@ def check(
     """
     if not torch.compiler.is_compiling():
         _check_transforms()
+        _check_forward_mode(input, weight, bias)
     if input.dtype not in DTYPES:
         raise NotImplementedError(f"input: expected one of {DTYPES}, got {input.dtype}")
     if (running_mean is None) != (running_var is None):
@@ -72,6 +73,32 @@ def _check_transforms() -> None:
         )
 
 
+def _check_forward_mode(*tensors: Tensor | None) -> None:
+    forward = torch.autograd.forward_ad
+    if forward._current_level >= 0 and any(  # type: ignore[attr-defined]
+        t is not None and forward.unpack_dual(t).tangent is not None for t in tensors
+    ):
+        raise RuntimeError(
+            "sampled batch normalization in training does not support forward mode: use torch.autograd.grad, "
+            "or the layer in evaluation mode"
+        )
+
+
+def check_memory(*vectors: Tensor | None) -> None:
+    """Complain about running statistics whose storage was freed, which torch's own evaluation would read.
+
+    Raises:
+        RuntimeError: naming the first of them.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for name, vector in zip(VECTORS[2:], vectors, strict=True):
+        if vector is None or type(vector) not in PLAIN:
+            continue
+        if not vector.is_meta and vector.numel() and not vector.data_ptr():
+            raise RuntimeError(f"{name}: expected a tensor with memory, got one whose storage was freed")
+
+
 def _lengths(vectors: tuple[Tensor | None, ...], input: Tensor) -> str:
     shapes = {name: tuple(v.shape) for name, v in zip(VECTORS, vectors, strict=True) if v is not None}
     C, different = input.shape[1], {*shapes.values()}
@@ -110,6 +137,9 @@ def _check_apart(vectors: tuple[Tensor | None, ...]) -> None:
     if not near:  # most often
         return
     named = {name: v for name, v in zip(VECTORS, vectors, strict=True) if v is not None}
+    for name in VECTORS[2:]:
+        if len(named[name]) > 1 and named[name].stride(0) == 0:
+            raise ValueError(f"{name}: expected distinct elements, got a tensor that repeats its memory")
     for (name, one), (other, two) in itertools.combinations(named.items(), 2):
         if other.startswith("running") and not _places(one).isdisjoint(_places(two)):
             raise ValueError(f"{other}: expected memory apart from {name}'s, got a tensor that overlaps it")
