@@ -133,6 +133,25 @@ def test_a_compiled_block_in_an_eager_checkpoint(layer, reentrant):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of Dynamo's own looking
+def test_a_block_whose_graph_breaks_in_a_checkpoint():
+    """Its layer is called from what Dynamo left in Python."""
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = block()
+
+        def forward(self, x):
+            x = self.block[:2](x)
+            torch._dynamo.graph_break()
+            return self.block[2:](x)
+
+    expected = training(Broken(), lambda model, x: model(x), 2)
+    torch._dynamo.reset()
+    for a, b in zip(training(Broken(), torch.compile(kept, backend="aot_eager"), 2), expected, strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 def test_a_reentrant_checkpoint_draws_as_its_last_forward(layer):
     run = lambda model, x: checkpoint(model, x, use_reentrant=True)  # noqa: E731

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch._dynamo.decorators import skip
 from torch.utils import checkpoint
 
 _top = torch._C._autograd._top_saved_tensors_default_hooks
@@ -25,6 +26,7 @@ class Frame(NamedTuple):
     recomputation: Callable[..., Any] | None
 
 
+@skip  # Dynamo looks into what runs where it broke a graph
 def frames() -> list[Frame]:
     """Return the frames that are active, the innermost first."""
     if _top(True) is None:  # most often

@@ -48,7 +48,7 @@ def check(
     if running_mean is None or running_mean.is_meta or torch.compiler.is_compiling():
         return
     if type(running_mean) in PLAIN:
-        _check_apart(vectors)
+        _check_apart(vectors, 8 * C)
 
 
 def leaf(layer: Any, input: fx.Proxy, residual: Any) -> Any:
@@ -124,11 +124,13 @@ def _check_rows(layer: Any, count: int, input: Tensor) -> None:
     )
 
 
-def _check_apart(vectors: tuple[Tensor | None, ...]) -> None:
-    """Complain about running statistics that share memory with one another, weight or bias."""
+def _check_apart(vectors: tuple[Tensor | None, ...], size: int) -> None:
+    """Complain about running statistics that share memory with one another, weight or bias.
+
+    ``size`` is the most bytes that a dense vector has.
+    """
     *parameters, mean, var = vectors
     a, b = mean.data_ptr(), var.data_ptr()  # type: ignore[union-attr]
-    size = 8 * len(mean)  # type: ignore[arg-type]
     near = -size < a - b < size or mean.stride(0) != 1 or var.stride(0) != 1  # type: ignore[union-attr]
     for parameter in parameters:
         if parameter is not None:

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch._dynamo.decorators import skip
 from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.utils import checkpoint
@@ -95,6 +96,7 @@ def read(state: Sequence[Tensor], keeps: bool = False) -> tuple[Sequence[Tensor]
     return _read(state, keeps)
 
 
+@skip
 def recomputed() -> bool:
     """Return whether a call now repeats a forward: it comes inside a backward or a recomputation."""
     inside_a_backward = torch._C._current_graph_task_id() != -1
@@ -117,6 +119,7 @@ def constants(mean: Tensor, var: Tensor, *others: Tensor | None) -> tuple[Tensor
     return mean, var
 
 
+@skip
 def _read(
     state: Sequence[Tensor], keeps: bool, counted: bool = True
 ) -> tuple[Sequence[Tensor], bool]:
