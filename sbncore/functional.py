@@ -335,7 +335,7 @@ def normalize(
 
 
 def remember(known: dict[Any, Any], alike: Any, call: Any) -> None:
-    """Note how arguments such as these, which have passed all checks, go the shorter way, if they do."""
+    """Cache the call of arguments that have passed all checks, or that they have none."""
     if len(known) >= REMEMBERED:
         known.clear()
     known[alike] = call or False

@@ -43,7 +43,7 @@ class Saved:
     residual: bool
     relu: bool
     gradient: str
-    call: Any = None  # the shorter way of a CPU's call, where forward took it
+    call: Any = None  # the cached call, where forward took one
     probe: bytes | None = None  # by `probe`, of x as it was
 
     @property

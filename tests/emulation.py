@@ -125,7 +125,7 @@ def emulated(emulator):
 
     before = functional.phases_for, phases.address, phases.device_of
     functional.phases_for, phases.address, phases.device_of = lambda x: phases, watched, lambda x: emulator
-    likeness, checks.likeness = checks.likeness, lambda *arguments: None  # the CPU's shorter way
+    likeness, checks.likeness = checks.likeness, lambda *arguments: None  # the CPU's cached calls
     try:
         yield emulator
     finally:

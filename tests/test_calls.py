@@ -1,4 +1,4 @@
-"""The shorter way of a call over NumPy's arrays: the longer one's bits, and still its complaints."""
+"""Cached calls over NumPy's arrays: the general path's bits, and still its complaints."""
 
 import ml_dtypes
 import numpy as np
@@ -89,7 +89,7 @@ def test_the_shorter_way_gives_the_bits_of_the_longer(rng, dtype, axis, extras):
             results = []
             for turn in range(3):
                 weight = weight.copy()
-                weight.flags.writeable = turn < 2  # the last again the longer way
+                weight.flags.writeable = turn < 2  # the last takes the general path again
                 plan = sampler.plan(x.shape, step=7, channel_axis=axis)
                 y, saved = sbn.forward(x, weight, bias, plan=plan, gradient=gradient, **options)
                 assert (saved.call is None) == (turn != 1)

@@ -1,4 +1,4 @@
-"""The shorter way of a call on the CPU gives the long way's bits, and is taken where it should be."""
+"""Cached calls of a layer on the CPU give the general path's bits, and are taken where they should be."""
 
 from dataclasses import dataclass
 

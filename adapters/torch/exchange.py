@@ -1,4 +1,4 @@
-"""Tensors to the engine and back: DLPack, and shorter ways on the CPU that give the very same views."""
+"""Tensors to the engine and back: by DLPack, on the CPU without the framework's own checks around it."""
 
 from __future__ import annotations
 

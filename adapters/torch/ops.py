@@ -235,7 +235,7 @@ BACKWARD = torch.ops.sbncore.backward.default
 def forward(
     tensors: tuple[Any, ...], options: tuple[Any, ...], in_place: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Call the operator; by torch's dispatcher where anybody there looks on.
+    """Call the operator; by torch's dispatcher when a mode, compiler or profiler is active.
 
     ``in_place`` allows to move the running statistics themselves, which are then the results.
     """

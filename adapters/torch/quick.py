@@ -1,4 +1,4 @@
-"""The shorter way of a call on the CPU: what shape, sampler and options decide is worked out once.
+"""Cached calls of a layer on the CPU: what shape, sampler and options decide is worked out once.
 
 For dense tensors and samplers that draw runs or whole samples; the long way (`sbncore.functional`) checks
 everything at every call, takes whatever else there is, and gives the same bits.

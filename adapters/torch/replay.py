@@ -59,7 +59,7 @@ for _mode, _rule in (
 
 # by a checkpoint's frame, what its forward read, in the order of each counter's reads
 _reads: WeakKeyDictionary[Any, dict[int, list[list[Tensor]]]] = WeakKeyDictionary()
-# by a recomputation, how many of them it has read again
+# by a recomputation, how many of them it has asked for
 _again: WeakKeyDictionary[Any, dict[int, int]] = WeakKeyDictionary()
 # by the counter, what the last forward read beside it, where it read more
 _last: WeakIdKeyDictionary = WeakIdKeyDictionary()
