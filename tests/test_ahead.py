@@ -1,5 +1,6 @@
 """Kernels as object code: what it needs, where it is found, and who compiles it."""
 
+import ctypes
 import re
 import struct
 import sys
@@ -169,3 +170,29 @@ def test_warmup_compiles_by_dtype_layout_and_cpu(tmp_path, monkeypatch, capsys):
     __main__.main(["warmup"])
     folder = tmp_path / kernels.folder_name(*kernels.cpu())
     assert asked == [(folder, names(dtypes=("float32",)), kernels.cpu())]
+
+
+def test_functions_of_one_name_in_two_objects_stay_apart(tmp_path, monkeypatch):
+    """Numba numbers anew in each process what it compiles, so that objects of two share names."""
+    from llvmlite import binding
+
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    machine = binding.Target.from_default_triple().create_target_machine(opt=0)
+    for value, name in enumerate(("first", "second")):
+        module = binding.parse_assembly(f"""
+            define linkonce_odr i64 @inner() noinline {{ ret i64 {value} }}
+            define void @{name}(i64* %result) {{
+                %value = call i64 @inner()
+                store i64 %value, i64* %result
+                ret void
+            }}""")
+        (tmp_path / f"{name}.o").write_bytes(machine.emit_object(module))
+    monkeypatch.setattr(kernels, "_file", lambda name: tmp_path / f"{name}.o")
+    monkeypatch.setattr(kernels, "loaded", {})
+    found = []
+    for name in ("first", "second"):
+        result = ctypes.c_int64(-1)
+        kernels._load(name)(ctypes.addressof(result))
+        found.append(result.value)
+    assert found == [0, 1]

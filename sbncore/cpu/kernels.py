@@ -29,6 +29,8 @@ _NAMES = {letter: name for name, letter in DTYPES.items()}
 _SIGNATURE = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 Function = Callable[[int], None]  # of a record's address; releases the GIL
 loaded: dict[str, Function] = {}
+# One for each object: functions of two that were compiled in two processes may bear the same name.
+_linkers: dict[str, Any] = {}
 _lock = threading.RLock()
 
 
@@ -69,8 +71,9 @@ def _file(name: str) -> Path | None:
 def _load(name: str) -> Function:
     with _lock:
         if name not in loaded:
-            file, linker = _file(name), _linker()
+            file = _file(name)
             assert file is not None
+            _linkers[name] = linker = _linker()
             linker.add_object_file(_llvm().ObjectFileRef.from_path(str(file)))
             linker.finalize_object()
             loaded[name] = _SIGNATURE(linker.get_function_address(name))
@@ -142,7 +145,6 @@ def _llvm() -> Any:
     return binding
 
 
-@cache
 def _linker() -> Any:
     llvm = _llvm()
     llvm.initialize_native_target()
