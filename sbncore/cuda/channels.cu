@@ -7,7 +7,12 @@ enum State { MEAN, VAR, RSTD, STATE_SHIFT, STATE_SCALE, STATE_OFFSET };
 enum Own { WEIGHT = 1, BIAS = 2, PRIOR_MEAN = 4, PRIOR_VAR = 8, RUNNING_MEAN = 16, RUNNING_VAR = 32 };
 enum { THREADS = 256, UNROLL = 4, CHANNELS = 264, HELPERS = 16, FINISHED = 2 };
 // Blocks that a multiprocessor shall hold, which bounds registers; rows of dy and x that are loaded at a time.
-enum { NORMALIZE_BLOCKS = 4, SUMS_BLOCKS = 4, STEPS = 2 };
+enum { STEPS = 2 };
+#if __CUDA_ARCH__ >= 1000  // where the same code needs more registers
+enum { NORMALIZE_BLOCKS = 3, SUMS_BLOCKS = 3 };
+#else
+enum { NORMALIZE_BLOCKS = 4, SUMS_BLOCKS = 4 };
+#endif
 
 // A column of V elements has K sets of coefficients and of sums: one where it lies in one channel.
 template <class T_, int V_, Layout L_> struct Access {

@@ -60,7 +60,7 @@ __device__ void block_sums(Shared<A>& shared, const typename A::real first[], co
 }
 
 // Parallel: a block is a tile of columns (blockIdx.x) times a share of the rows (y); see sbncore.cuda.geometry.
-template <class T, int V, Layout L, Mode M, bool SUM> __global__ void __launch_bounds__(THREADS, L == FIRST ? SUMS_BLOCKS - (M == MASKED) : SUMS_BLOCKS / 2) sums(const __grid_constant__ Call call) {
+template <class T, int V, Layout L, Mode M, bool SUM> __global__ void __launch_bounds__(THREADS, L == FIRST ? SUMS_BLOCKS - (M == MASKED || sizeof(T) == 8) : 2) sums(const __grid_constant__ Call call) {
     typedef Access<T, V, L> A;
     typedef typename A::real real;
     SHARED(Shared<A>, shared);
