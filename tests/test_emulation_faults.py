@@ -71,7 +71,7 @@ def battery(library):
                 run(emulator, rng, "float32", shape, sampler, last, **options[(k + seed) % 4], step=seed)
         run(emulator, rng, "float32", (33, 40, 7, 7), SAMPLERS["run"], False, True, True, "sampled")
     many_blocks = emulation.EmulatedDevice([library], multiprocessors=132)
-    run(many_blocks, rng, "float32", (33, 2, 1028), SAMPLERS["full"], True)
+    run(many_blocks, rng, "float32", (40, 1, 2000), sbn.NaiveSampling(1 / 2))
 
 
 def library(source):
@@ -88,7 +88,7 @@ def caught(source):
         built = library(source)
     except subprocess.CalledProcessError as failure:
         pytest.fail(failure.stderr)
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, RuntimeWarning)):  # of a NaN that nobody has written
         battery(built)
 
 

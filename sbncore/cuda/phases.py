@@ -197,7 +197,7 @@ def repair(dx: Any, dy: Any, saved: Saved, dweight: Any, dbias: Any) -> None:
     prepared = _call(device, x, layout, plan, (dy, written), state.aligned)
     pointers, _ = _between(device, prepared, True, state, "backward")
     mean, _, rstd, shift = state.values[:4]
-    sums = state.memory["backward"][2 * C :].view("f8" if prepared.real == 8 else "f4")
+    sums = state.memory["backward"][16 * C // prepared.real :]
     sums[:C] = widen(dbias)
     sums[C : 2 * C] = widen(dweight) / rstd + (mean - shift) * widen(dbias)
     pointers = pointers._replace(
@@ -287,7 +287,7 @@ def _between(
     """Allocate what kernels leave for those behind them; return where it is, and how to read it."""
     blocks, slots = prepared.sums_left(over_places)
     C, sums = prepared.sizes.C, 2 * blocks * slots
-    memory = device.empty(2 * C + -(-(sums + C) * prepared.real // 8), "float64")
+    memory = device.empty(16 * C // prepared.real + sums + C, f"float{8 * prepared.real}")
     state.memory[direction] = memory
     slopes = address(memory)
     partial = slopes + 16 * C
