@@ -343,7 +343,7 @@ def test_every_geometry_is_within_the_kernels_limits(N, C, S, last, itemsize, mu
         assert (pieces - 1) * piece < run.length <= pieces * piece
         assert lanes <= places.threads // places.tile
         assert last or run.kind == geometry.SCATTERED or run.length % places.vector == 0
-    assert len(geometry.packed(sizes, sweep, places)) == 12 * 8
+    assert len(geometry.fields(sizes, sweep, sweep, places)) == 13
 
 
 def test_the_constants_are_those_of_the_kernels():
