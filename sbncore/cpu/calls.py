@@ -1,4 +1,4 @@
-"""The shorter way of a call over NumPy's arrays: what passed every check goes again, but for its memory.
+"""Cached calls over NumPy's arrays: checked metadata is reused, only memory is checked again.
 
 A large call finds Python's own objects out of the caches, where each costs ten times what it does in a loop.
 The long way (`sbncore.functional`, `sbncore.cpu.phases`) takes all else, and gives the same bits.

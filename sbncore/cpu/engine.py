@@ -35,7 +35,7 @@ TASK = 16384  # elements worth a task of their own
 TASKS = 64
 GROUPS = 32  # of runs of channels-last memory, whose sums are tasks
 CACHED = 1 << 20  # elements of an array that is read twice, in the order of memory, rather than by blocks
-PARALLEL = 1 << 20  # elements worth waking the other threads: it takes 50 to 100 us
+PARALLEL = 1 << 20  # minimum number of elements for multi-threading: to start takes 50 to 100 us
 AWAKE = 8  # times fewer are worth threads that are awake, OpenMP's
 SUPPOSED = 32 << 20  # bytes of a last cache at least
 LINE = 64  # bytes
@@ -46,7 +46,7 @@ NOWHERE = Runs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
 def _worth_streaming() -> int:
     """Bytes of a gradient from which on it is written past the caches: an eighth of the last of them.
 
-    SBNCORE_STREAM, in bytes, has the last word: 0 streams everything.
+    SBNCORE_STREAM, in bytes, overrides it: 0 streams everything.
     """
     asked = os.environ.get("SBNCORE_STREAM", "")
     return int(asked) if asked.isdigit() else _last_cache() // 8

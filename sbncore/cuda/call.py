@@ -159,6 +159,19 @@ class Call:
             return self.places.blocks, self.sizes.C
         return self.summing.blocks, self.summing.slots
 
+    def memory(self, over_places: bool) -> int:
+        """Return the bytes that kernels leave for those behind them: slopes, the blocks' sums, shifts."""
+        blocks, slots = self.sums_left(over_places)
+        return 16 * self.sizes.C + (2 * blocks * slots + self.sizes.C) * self.real
+
+    def between(self, pointers: Pointers, memory: int, over_places: bool) -> Pointers:
+        """Return pointers into that memory, at an address."""
+        blocks, slots = self.sums_left(over_places)
+        partial = memory + 16 * self.sizes.C
+        return pointers._replace(
+            slopes=memory, partial=partial, shift=partial + 2 * blocks * slots * self.real
+        )
+
     def _over(self, kernel: str, over: Sweep | Places, options: str) -> Launch:
         return Launch(f"{kernel}<{self.kind},{over.vector},{over.layout},{options}>", over.grid, over.threads)
 

@@ -43,7 +43,7 @@ class Dense:
         self.mode = "MASKED" if self.mask else "RELU" if relu else "PLAIN"
         self.unbiased = unbiased(plan.effective_count)
         self.values = layout.N * layout.S
-        self.memory = max(self._memory(over_places) for over_places in (False, True))
+        self.memory = max(-(-self.call.memory(over_places) // 8) for over_places in (False, True))
         total = self.values if plan.full else sum(part.weight for part in plan.parts)
         self._forward = (
             (self.call.moments(), self.call.finish("forward"), self.call.normalize(relu, add)),
@@ -64,7 +64,7 @@ class Dense:
             eps=eps, momentum=momentum, unbiased=self.unbiased, skip_nonfinite=skip_nonfinite,
             elements=elements,
         )  # fmt: skip
-        record = self.call.record(self._between(pointers, memory, not self._full), numbers, keys)
+        record = self.call.record(self.call.between(pointers, memory, not self._full), numbers, keys)
         self.device.launch(launches, record, stream)
 
     def backward(
@@ -73,7 +73,7 @@ class Dense:
     ) -> None:
         """Write the gradients that have an address."""
         launches, numbers = self._backward(gradient, pointers.dx > 0)
-        pointers = self._between(pointers, memory, numbers.from_places)
+        pointers = self.call.between(pointers, memory, numbers.from_places)
         record = self.call.record(pointers, numbers._replace(elements=elements), keys)
         self.device.launch(launches, record, stream)
 
@@ -89,15 +89,3 @@ class Dense:
 
     def _blocks(self, over_places: bool) -> int:
         return self.call.sums_left(over_places)[0]
-
-    def _memory(self, over_places: bool) -> int:
-        blocks, slots = self.call.sums_left(over_places)
-        C = self.call.sizes.C
-        return 2 * C + -(-(2 * blocks * slots + C) * self.call.real // 8)
-
-    def _between(self, pointers: Pointers, memory: int, over_places: bool) -> Pointers:
-        blocks, slots = self.call.sums_left(over_places)
-        partial = memory + 16 * self.call.sizes.C
-        return pointers._replace(
-            slopes=memory, partial=partial, shift=partial + 2 * blocks * slots * self.call.real
-        )

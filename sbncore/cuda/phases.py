@@ -285,15 +285,10 @@ def _between(
     device: Device, prepared: Call, over_places: bool, state: State, direction: str
 ) -> tuple[Pointers, Numbers]:
     """Allocate what kernels leave for those behind them; return where it is, and how to read it."""
-    blocks, slots = prepared.sums_left(over_places)
-    C, sums = prepared.sizes.C, 2 * blocks * slots
-    memory = device.empty(16 * C // prepared.real + sums + C, f"float{8 * prepared.real}")
+    memory = device.empty(prepared.memory(over_places) // prepared.real, f"float{8 * prepared.real}")
     state.memory[direction] = memory
-    slopes = address(memory)
-    partial = slopes + 16 * C
-    pointers = Pointers(
-        state=address(state.values), slopes=slopes, partial=partial, shift=partial + prepared.real * sums
-    )
+    pointers = prepared.between(Pointers(state=address(state.values)), address(memory), over_places)
+    blocks, _ = prepared.sums_left(over_places)
     return pointers, Numbers(from_places=over_places, from_blocks=blocks)
 
 
