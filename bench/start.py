@@ -29,7 +29,7 @@ from sbncore.cpu import kernels
 
 ROOT = Path(__file__).parents[1]
 RUNS = 5  # processes that a figure is the median of; cold, one
-IMPORTS = ("numpy", "sbncore", "numba", "sbncore.cpu.phases")
+IMPORTS = ("numpy", "sbncore", "numba", "sbncore.cpu.call")
 IMPORT = """
 import sys, time
 begin = time.perf_counter()

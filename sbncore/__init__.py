@@ -9,7 +9,7 @@ from sbncore.estimates import Fidelity, fidelity, suggest
 from sbncore.functional import Grads, Saved, backward, forward, moments, normalize, repair
 from sbncore.gradients import GradientReport, check_gradients
 from sbncore.noise import white_noise
-from sbncore.plans import Plan
+from sbncore.plans import Plan, Recipe
 from sbncore.samplers import (
     BatchSampling,
     FeatureSampling,
@@ -26,7 +26,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Full", "BatchSampling", "FeatureSampling", "NaiveSampling", "VirtualSamples", "Mixture", "Prior",
-    "Sampler", "Plan", "forward", "backward", "Saved", "Grads", "batch_norm", "moments", "merge",
+    "Sampler", "Plan", "Recipe", "forward", "backward", "Saved", "Grads", "batch_norm", "moments", "merge",
     "normalize", "repair", "white_noise", "Statistics", "check_gradients", "GradientReport",
     "fidelity", "Fidelity", "suggest",
     "get_num_threads", "set_num_threads",

@@ -6,7 +6,6 @@ float16 and bfloat16 as int16 and uint16 of their bits, since NumPy has no bfloa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -119,6 +118,28 @@ def address(view: np.ndarray) -> int:
     return view.data.ptr  # type: ignore[no-any-return]
 
 
+def vector(view: np.ndarray, element: str) -> np.ndarray:
+    """Return an array (C,) as the engines read it: itself, or a dense copy of that element type."""
+    dtype = STORAGE[element]
+    if view.dtype != dtype:
+        return widen(view).astype(dtype)
+    dense = view.flags.c_contiguous and aligned(view)
+    return view if dense else view.copy()
+
+
+def narrow(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Return float32 or float64 values in a storage type, rounded to nearest even."""
+    if dtype == values.dtype:
+        return values
+    if dtype != np.uint16:
+        with np.errstate(over="ignore"):
+            return values.astype("f2").view(dtype)
+    bits = values.astype("f4").view("u4")
+    nearest = (bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16
+    nan = (bits & 0x7FFFFFFF) > 0x7F800000  # rounding would make some of them infinite
+    return (nearest * ~nan + ((bits | 0x400000) >> 16) * nan).astype("u2")
+
+
 def place(view: np.ndarray) -> str:
     """Return which device's memory a borrowed array is in, in words."""
     return "the CPU" if isinstance(view, np.ndarray) else f"cuda:{view.device.id}"
@@ -129,36 +150,46 @@ def on_device(view: np.ndarray) -> AbstractContextManager[Any]:
     return _HERE if isinstance(view, np.ndarray) else view.device  # type: ignore[return-value]
 
 
-def empty_like(view: np.ndarray) -> np.ndarray:
-    """Return new memory of a borrowed array's shape and type, on its device.
-
-    Large arrays begin at a cache line.
-    """
+def aligned(view: np.ndarray) -> bool:
+    """Return whether the engines may read an array's memory: at multiples of its elements, or on a GPU of
+    16 bytes."""
     if isinstance(view, np.ndarray):
-        if view.nbytes < LARGE:
-            return np.empty_like(view)
-        return empty(view.shape, view.dtype)
+        return bool(view.flags.aligned)
+    return address(view) % 16 == 0
+
+
+def look(view: np.ndarray) -> tuple[Any, ...]:
+    """Return what tells a borrowed array from others, but for its memory."""
+    if isinstance(view, np.ndarray):
+        return view.shape, view.strides, view.dtype.char, view.flags.aligned
+    return view.shape, view.strides, view.dtype.char, address(view) % 16 == 0, view.device.id
+
+
+def new(view: np.ndarray, size: int, dtype: Any) -> np.ndarray:
+    """Return new memory of so many elements on a borrowed array's device."""
+    if isinstance(view, np.ndarray):
+        return empty(size, dtype)
     from sbncore.cuda.device import device_of
 
-    return device_of(view).empty(view.shape, view.dtype)
+    return device_of(view).empty(size, dtype)  # type: ignore[no-any-return]
 
 
-def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Return new memory that begins at a cache line: the engine streams whole lines only.
+def empty(size: int, dtype: Any) -> np.ndarray:
+    """Return new memory of so many elements; large ones begin at a cache line.
 
-    NumPy's own large arrays begin 16 bytes behind one.
+    The CPU engine streams whole lines only, and NumPy's own large arrays begin 16 bytes behind one.
     """
-    nbytes = math.prod(shape) * dtype.itemsize
+    kind = np.dtype(dtype)
+    nbytes = size * kind.itemsize
+    if nbytes < LARGE:
+        return np.empty(size, kind)
     memory = np.empty(nbytes + LINE, np.uint8)
     first = -address(memory) % LINE
-    return memory[first : first + nbytes].view(dtype).reshape(shape)
+    return memory[first : first + nbytes].view(kind)
 
 
 def writeable(view: np.ndarray) -> np.ndarray:
-    """Return the same memory without the read-only mark that NumPy puts on what comes by DLPack.
-
-    Also what the engine does with its inputs: a read-only array would be another compilation of each kernel.
-    """
+    """Return the same memory without the read-only mark that NumPy puts on what comes by DLPack."""
     if not isinstance(view, np.ndarray) or view.flags.writeable:
         return view
     return np.asarray(_Memory(view))

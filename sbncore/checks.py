@@ -4,55 +4,45 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from sbncore.arrays import PARAMETER, address, borrow, element_type, place
+from sbncore.arrays import PARAMETER, address, element_type, place
 from sbncore.drawing import Sampler, batch_shape, integer, is_array
-from sbncore.interchange import LOOKS
 from sbncore.layout import Layout
-from sbncore.plans import Plan
-from sbncore.statistics import Given, Statistics
+from sbncore.plans import Plan, Recipe
 
 GRADIENTS = ("exact", "sampled", "detached")
 ACTIVATIONS = (None, "relu")
 OUTPUTS = ("x", "weight", "bias", "residual")
-USUAL = (float, int, str, type(None))  # types of options
 
 
-def array(value: Any, name: str, channel_axis: int) -> np.ndarray:
-    """Return x in its storage type; its rank, axis and dtype are right."""
-    view = borrow(value, name)
-    if view.ndim < 2:
-        raise ValueError(f"{name}: expected (N, C, *spatial), at least 2 axes, got shape {view.shape}")
-    batch_shape(view.shape, channel_axis)
-    return view
+def rank(x: np.ndarray, channel_axis: int, name: str = "x") -> None:
+    """Complain unless x has axes for samples and channels."""
+    if x.ndim < 2:
+        raise ValueError(f"{name}: expected (N, C, *spatial), at least 2 axes, got shape {x.shape}")
+    batch_shape(x.shape, channel_axis)
 
 
-def beside(value: Any, name: str, x: np.ndarray, written: bool = False) -> np.ndarray:
-    """Return an array of x's shape and dtype: dy, residual, out."""
-    view = _with(x, value, name, written)
+def beside(view: np.ndarray, name: str, x: np.ndarray) -> None:
+    """Complain unless an array is of x's shape, dtype and device: dy, residual, out."""
+    _on_device(view, name, x)
     if view.shape != x.shape:
         raise ValueError(f"{name}: expected shape {x.shape} as x, got {view.shape}")
     if view.dtype != x.dtype:
         raise TypeError(f"{name}: expected dtype {element_type(x)} as x, got {element_type(view)}")
-    return view
 
 
-def _with(x: np.ndarray, value: Any, name: str, written: bool = False) -> np.ndarray:
-    view = borrow(value, name, written)
+def _on_device(view: np.ndarray, name: str, x: np.ndarray) -> None:
     here, there = place(x), place(view)
     if here != there:
         raise TypeError(f"{name}: expected an array on {here} as x, got one on {there}")
-    return view
 
 
-def channels(
-    value: Any, name: str, C: int, x: np.ndarray, *others: str, written: bool = False
-) -> np.ndarray:
-    """Return an array (C,) in the parameters' dtype, in x's own, or in another that may be."""
-    view = _with(x, value, name, written)
+def channels(view: np.ndarray, name: str, C: int, x: np.ndarray, *others: str) -> None:
+    """Complain unless an array is (C,), in the parameters' dtype, in x's own, or in another that may be."""
+    _on_device(view, name, x)
     if view.shape != (C,):
         raise ValueError(f"{name}: expected shape ({C},) for {C} channels, got {view.shape}")
     kind = element_type(x)
@@ -60,55 +50,38 @@ def channels(
         allowed = dict.fromkeys((PARAMETER[kind], kind, *others))
         expected = f"{' or '.join(allowed)} beside {element_type(x)}"
         raise TypeError(f"{name}: expected dtype {expected}, got {element_type(view)}")
-    return view
 
 
-def output(
-    value: Any,
-    x: np.ndarray,
-    apart: Iterable[np.ndarray | None],
-    same: Iterable[np.ndarray | None] = (),
-    name: str = "out",
-) -> np.ndarray:
-    """Return out, which is as x, writeable and apart from the inputs, but for being one of ``same``."""
-    view = beside(value, name, x, written=True)
+def output(view: np.ndarray, x: np.ndarray, name: str = "out") -> None:
+    """Complain unless an array to be written is as x, of distinct elements."""
+    beside(view, name, x)
     if 0 in view.strides and view.size:
         if any(stride == 0 and size > 1 for stride, size in zip(view.strides, view.shape, strict=True)):
             raise ValueError(f"{name}: expected distinct elements, got an array that repeats its memory")
+
+
+def apart(
+    view: np.ndarray,
+    inputs: Iterable[np.ndarray | None],
+    same: Iterable[np.ndarray | None] = (),
+    name: str = "out",
+) -> None:
+    """Complain if an array to be written overlaps inputs, but for being one of ``same``."""
     others = [other for other in same if other is not None and _place(other) != _place(view)]
-    if any(_overlap(view, other) for other in (*apart, *others) if other is not None):
+    if any(_overlap(view, other) for other in (*inputs, *others) if other is not None):
         raise ValueError(f"{name}: expected memory apart from the inputs', got an array that overlaps them")
-    return view
 
 
-def separate(running: Running, others: tuple[np.ndarray | None, ...]) -> bool:
-    """Return whether running statistics that are to be moved overlap neither one another nor the others."""
-    if any(0 in one.strides and one.size > 1 for one in running[:2]):
-        return False
-    pairs = [(one, other) for one in running[:2] for other in others if other is not None]
-    return not any(_overlap(*pair) for pair in ((running.mean, running.var), *pairs))
-
-
-def likeness(arrays: tuple[Any, ...], *options: Any) -> Any:
-    """Return all that checks look at but memory, to know again what passed them.
-
-    None where an array is neither NumPy's own nor CuPy's, or an option of an unusual type.
-    """
-    looks: list[Any] = []
-    for array in arrays:
-        look = None if array is None else LOOKS.get(type(array))
-        if look is not None:
-            looks.append(look(array))
-        elif array is not None:
-            return None
-        else:
-            looks.append(None)
-    for option in options:
-        kind = type(option)
-        if kind not in USUAL:
-            return None
-        looks += kind, option  # 1.0 is equal to 1
-    return tuple(looks)
+def separate(moved: tuple[np.ndarray, np.ndarray], others: Iterable[np.ndarray | None]) -> None:
+    """Complain if running statistics that are to be moved overlap one another or the others."""
+    mean, var = moved
+    pairs = [(one, other) for one in moved for other in others if other is not None]
+    repeats = any(0 in one.strides and one.size > 1 for one in moved)
+    if repeats or any(_overlap(*pair) for pair in ((mean, var), *pairs)):
+        raise ValueError(
+            "running_mean, running_var: expected memory of their own, got arrays that repeat it, or overlap "
+            "each other or another argument"
+        )
 
 
 def _overlap(a: np.ndarray, b: np.ndarray) -> bool:
@@ -148,29 +121,27 @@ def choice(value: Any, name: str, choices: tuple[Any, ...]) -> None:
         raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
 
 
-def plan_for(plan: Any, layout: Layout, prior: Statistics | None, fewest: int = 2) -> None:
+def plan_for(plan: Plan, layout: Layout, prior: bool, fewest: int = 2) -> None:
     """Complain unless the plan was drawn for this shape, with values enough, and has the prior it wants."""
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan: expected a Plan (sampler.plan(x.shape)), got {type(plan).__name__}")
     outer = (layout.N, *layout.spatial)
     if plan.shape != outer:
         raise ValueError(f"plan: expected one drawn for (N, *spatial) = {outer}, got one for {plan.shape}")
-    if prior is not None and not isinstance(prior, Statistics):
-        raise TypeError(f"prior: expected Statistics, got {type(prior).__name__}")
-    if plan.prior > 0 and prior is None:
+    if plan.prior > 0 and not prior:
         raise ValueError(f"prior: expected Statistics, since the plan gives a prior weight {plan.prior:g}")
-    if plan.prior == 0 and prior is not None:
+    if plan.prior == 0 and prior:
         raise ValueError("prior: expected None, since the plan has no prior (sampler Prior(weight, ...))")
-    if layout.N * layout.S and abs(plan.total - 1) > 1e-6:
-        raise ValueError(f"plan: expected weights of parts and prior that sum to 1, got {plan.total:g}")
+    if layout.N * layout.S and abs(plan.recipe.total - 1) > 1e-6:
+        raise ValueError(
+            f"plan: expected weights of parts and prior that sum to 1, got {plan.recipe.total:g}"
+        )
     if 0 < plan.count < fewest and plan.prior == 0:
         raise ValueError("plan: expected more than 1 value per channel when training, got a single one")
 
 
-def gradient_of(gradient: Any, plan: Plan) -> None:
+def gradient_of(gradient: Any, recipe: Recipe) -> None:
     """Complain about an unknown gradient, and about sums estimated from virtual samples."""
     choice(gradient, "gradient", GRADIENTS)
-    if gradient == "sampled" and plan.virtual:
+    if gradient == "sampled" and recipe.virtual:
         raise ValueError("gradient: 'sampled' expects a sample of the batch, got virtual samples beside it")
 
 
@@ -242,38 +213,3 @@ def gradient_for(gradient: str, sampler: Sampler) -> None:
     """Complain about sums estimated from virtual samples."""
     if gradient == "sampled" and sampler.virtual:
         raise ValueError("gradient: 'sampled' expects a sample of the batch, got virtual samples too")
-
-
-class Running(NamedTuple):
-    """Running statistics that a training call moves, checked, and how far."""
-
-    mean: np.ndarray
-    var: np.ndarray
-    factor: float
-    skip_nonfinite: bool
-
-
-class Parameters(NamedTuple):
-    """weight, bias and residual, checked against x: views of their storage types, or None."""
-
-    weight: np.ndarray | None = None
-    bias: np.ndarray | None = None
-    residual: np.ndarray | None = None
-
-
-def parameters(x: np.ndarray, layout: Layout, weight: Any, bias: Any, residual: Any) -> Parameters:
-    """Return parameters and residual, checked against x."""
-    return Parameters(
-        None if weight is None else channels(weight, "weight", layout.C, x),
-        None if bias is None else channels(bias, "bias", layout.C, x),
-        None if residual is None else beside(residual, "residual", x),
-    )
-
-
-def given(statistics: Statistics, C: int, x: np.ndarray) -> Given:
-    """Return given statistics, checked against x."""
-    mean, var = (
-        channels(value, name, C, x, "float64")
-        for value, name in ((statistics.mean, "mean"), (statistics.var, "var"))
-    )
-    return Given(mean, var, statistics.count)

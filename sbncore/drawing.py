@@ -1,17 +1,17 @@
-"""From a sampler, a shape and the name of a draw (seed, layer, step) to a Plan."""
+"""From a sampler, a shape and a draw (seed, layer, step) to a Plan."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
-from sbncore.hashing import layer_key, stream_key
-from sbncore.plans import Part, Plan, StepKey
+from sbncore.hashing import stream_key
+from sbncore.plans import Draw, Part, Plan, Recipe
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Batch:
     first: int
     rows: int
     spatial: tuple[int, ...]
-    keys: Iterator[Any]
+    keys: Iterator[int]
 
     @property
     def S(self) -> int:
@@ -61,17 +61,15 @@ class Sampler:
             TypeError: if shape is no sequence of integers, or seed, layer or step no integer.
         """
         sizes, axis = _sizes(shape), integer("channel_axis", channel_axis)
-        recipe = _recipe(self, sizes, axis) if self.settled else None
-        words = seed, layer, step
+        draw = Draw(seed, layer, step)
         if not type(seed) is type(layer) is type(step) is int:
-            words = integer("seed", seed), integer("layer", layer), _step(step)
-        if is_array(step):
-            key: Callable[[Any], Any] = partial(StepKey, layer_key(*words[:2]), step)
-            plan = recipe.keyed(key) if recipe else _draw(self, sizes, axis, map(key, itertools.count()))
-        elif recipe:
-            plan = recipe.drawn(*words)
+            draw = Draw(integer("seed", seed), integer("layer", layer), _step(step))
+        if self.settled:
+            plan = Plan(_recipe(self, sizes, axis), draw)
+        elif is_array(step):
+            plan = Plan(_drawn(self, sizes, axis, itertools.count()), draw)
         else:
-            plan = _draw(self, sizes, axis, map(partial(stream_key, *words), itertools.count()))
+            plan = Plan(_drawn(self, sizes, axis, map(partial(stream_key, *draw), itertools.count())))
         if plan.count < fewest and plan.prior == 0 and 0 not in plan.shape:
             raise ValueError(
                 "expected more than 1 value per channel when training, got a sample of a single "
@@ -95,19 +93,20 @@ class Sampler:
 
 
 @lru_cache(maxsize=1024)
-def _recipe(sampler: Sampler, shape: tuple[int, ...], channel_axis: int) -> Plan:
-    """Return what is drawn of a shape, but for where: its parts' keys are the numbers of their streams."""
-    return _draw(sampler, shape, channel_axis, itertools.count())
+def _recipe(sampler: Sampler, shape: tuple[int, ...], channel_axis: int) -> Recipe:
+    return _drawn(sampler, shape, channel_axis, itertools.count())
 
 
-def _draw(sampler: Sampler, shape: tuple[int, ...], channel_axis: int, keys: Iterator[Any]) -> Plan:
+def _drawn(
+    sampler: Sampler, shape: tuple[int, ...], channel_axis: int, keys: Iterator[int]
+) -> Recipe:
     outer = batch_shape(shape, channel_axis)
     if 0 in outer:
-        return Plan(outer, ())
+        return Recipe(outer)
     virtual = sampler.virtual
     if virtual > outer[0]:
         raise ValueError(f"VirtualSamples: expected at most the batch's {outer[0]} samples, got {virtual}")
-    return Plan(outer, *sampler.draw(Batch(0, outer[0], outer[1:], keys), outer[0] - virtual), virtual)
+    return Recipe(outer, *sampler.draw(Batch(0, outer[0], outer[1:], keys), outer[0] - virtual), virtual)
 
 
 def _step(step: Any) -> Any:

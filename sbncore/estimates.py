@@ -9,13 +9,14 @@ from numbers import Real
 
 import numpy as np
 
-from sbncore.arrays import Array, on_device
-from sbncore.checks import array, epsilon, plan_for
+from sbncore.arguments import Arguments, Options
+from sbncore.arrays import Array, borrow, on_device
+from sbncore.checks import epsilon, rank
 from sbncore.drawing import Sampler, integer
-from sbncore.functional import phases_for
+from sbncore.functional import moments_of
 from sbncore.interchange import detached
 from sbncore.layout import Layout, layout_of
-from sbncore.plans import Plan, WholeSamples
+from sbncore.plans import Plan, Recipe, WholeSamples
 from sbncore.samplers import RUNS, BatchSampling, FeatureSampling, Full
 
 RATIOS = 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2
@@ -111,12 +112,13 @@ class _Judge:
             raise ValueError(f"draws: expected at least 1, got {draws}")
         self.draws, self.axis, self.seed = draws, channel_axis, integer("seed", seed)
         self.eps = epsilon(eps, False)
-        self.view = array(detached(x), "x", channel_axis)
-        self.layout, self.shape = layout_of(self.view, channel_axis), tuple(self.view.shape)
-        if not self.view.size:
+        view = borrow(detached(x), "x")
+        rank(view, channel_axis)
+        self.layout, self.shape = layout_of(view, channel_axis), tuple(view.shape)
+        if not view.size:
             raise ValueError(f"x: expected values, got an empty array of shape {self.shape}")
-        with on_device(self.view):
-            self.flat = self.layout.flatten(self.view)
+        with on_device(view):
+            self.view = self.layout.restore(self.layout.flatten(view))
         self._whole: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # of so many samples
 
     def fidelity(self, sampler: Sampler) -> Fidelity:
@@ -141,14 +143,13 @@ class _Judge:
             raise ValueError(f"x: expected samples beside {virtual} virtual ones, got {rows} in all")
         if real not in self._whole:
             whole = WholeSamples(1.0, 0, 0, real, real, 1, self.layout.S)
-            mean, var, _ = self._moments(Plan((self.layout.N, *self.layout.spatial), (whole,)))
+            mean, var, _ = self._moments(Plan(Recipe((self.layout.N, *self.layout.spatial), (whole,))))
             self._whole[real] = mean, var + self.eps
         return self._whole[real]
 
     def _moments(self, plan: Plan) -> tuple[np.ndarray, np.ndarray, float]:
-        plan_for(plan, self.layout, None, fewest=1)
-        with on_device(self.view):
-            mean, var, count = phases_for(self.view).moments(self.flat, self.layout, plan, None)
+        options = Options(channel_axis=self.axis, fewest=1)
+        mean, var, count = moments_of(Arguments(self.view), plan, options)
         return _numpy(mean), _numpy(var), count
 
 

@@ -1,4 +1,4 @@
-"""forward, backward and their phases over any array: check, call the engine, hand back.
+"""forward, backward and their phases over any array: borrow, find the Call, run it, hand back.
 
 Nothing is written, and no running statistic moves, before every argument has been checked.
 """
@@ -6,22 +6,41 @@ Nothing is written, and no running statistic moves, before every argument has be
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
-from types import ModuleType
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from sbncore import checks
-from sbncore.arrays import ELEMENT, PARAMETER, Array, give, on_device
-from sbncore.layout import Result, layout_of
-from sbncore.plans import Plan
+from sbncore.arguments import (
+    VECTORS,
+    Arguments,
+    Options,
+    Prepared,
+    borrowed,
+    check_memory,
+    prepared,
+    vector_of,
+)
+from sbncore.arrays import (
+    PARAMETER,
+    Array,
+    address,
+    borrow,
+    element_type,
+    give,
+    giver,
+    narrow,
+    new,
+    on_device,
+    widen,
+)
+from sbncore.layout import Layout, layout_of
+from sbncore.plans import Plan, Recipe
 from sbncore.samplers import Full
-from sbncore.saved import Kept, Saved, probe
-from sbncore.statistics import Statistics, public
-
-REMEMBERED = 1024  # kinds of arguments
-_known: dict[Any, Any] = {}  # what `Plan.known` is to `normalize`
+from sbncore.saved import Saved, State, probe
+from sbncore.signature import ROWS, Pointers, Scalars
+from sbncore.statistics import Moments, Statistics, public, unbiased
 
 
 class Grads(NamedTuple):
@@ -31,6 +50,16 @@ class Grads(NamedTuple):
     weight: Any
     bias: Any
     residual: Any
+
+
+class Moving(NamedTuple):
+    """How a training call moves the running statistics."""
+
+    momentum: float = 0.0
+    skip_nonfinite: bool = False
+
+
+NOTHING_MOVES = Moving()
 
 
 def forward(
@@ -77,92 +106,33 @@ def forward(
 
     Source: Chen et al., IEEE TNNLS 32(1), 2021, section III; full: Ioffe and Szegedy, arXiv 1502.03167.
     """
-    return forward_in_place(
-        x, weight, bias, plan, prior, eps, channel_axis, activation, residual, gradient, out
-    )
+    options = Options(eps, channel_axis, activation, gradient)
+    return run_forward(Arguments(x, weight, bias, residual, out), plan, prior, options)
 
 
-def forward_in_place(
-    x: Array,
-    weight: Array | None,
-    bias: Array | None,
+def run_forward(
+    arguments: Arguments,
     plan: Plan | None,
     prior: Statistics | None,
-    eps: float,
-    channel_axis: int,
-    activation: str | None,
-    residual: Array | None,
-    gradient: str,
-    out: Array | None,
-    running: checks.Running | None = None,
-    kept: Kept | None = None,
+    options: Options,
+    moving: Moving = NOTHING_MOVES,
 ) -> tuple[Any, Saved]:
-    """`forward` that also moves running statistics, and leaves what backward needs in the caller's memory."""
-    alike, call = None, None
-    if prior is None and kept is None:
-        alike = checks.likeness((x, weight, bias, residual, out), eps, channel_axis, activation, gradient)
-    if plan is None and type(x) is np.ndarray and x.ndim > 1:
-        plan = Full().plan(x.shape, channel_axis=channel_axis)
-    known = plan.known if isinstance(plan, Plan) else {}
-    if alike is not None:
-        call = known.get(alike)
-        if running is not None and not checks.separate(running, (x, weight, bias, residual)):
-            call = None
-        done = call.forward(x, weight, bias, residual, out, plan, eps, running) if call else None
-        if done is not None:
-            done[1].probe = probe(done[1].x)
-            return done  # type: ignore[no-any-return]
-    view = checks.array(x, "x", channel_axis)
-    layout = layout_of(view, channel_axis)
-    if plan is None:
-        plan = Full().plan(view.shape, channel_axis=channel_axis)
-    checks.plan_for(plan, layout, prior)
-    checks.gradient_of(gradient, plan)
-    checks.choice(activation, "activation", (None, "relu"))
-    eps = checks.epsilon(eps, statistics_are_given=plan.prior == 1)
-    given = checks.parameters(view, layout, weight, bias, residual)
-    by = None if prior is None else checks.given(prior, layout.C, view)
-    if running is not None and not checks.separate(running, (view, *given)):
-        raise ValueError(
-            "running_mean, running_var: expected memory of their own, got arrays that repeat it, or overlap "
-            "each other or another argument"
-        )
-    target = None
-    if out is not None:
-        read = () if by is None else (by.mean, by.var)
-        moved = () if running is None else (running.mean, running.var)
-        apart = view, given.weight, given.bias, *read, *moved
-        target = checks.output(out, view, apart, (given.residual,))
-    if alike is not None and call is None:
-        relu, calls = activation == "relu", _calls(view)
-        remember(known, alike, calls.call_of(view, layout, given, out, relu, gradient, plan=plan))
-    with on_device(view):
-        flat = layout.flatten(view)
-        y = Result(flat, layout, x, out, target)
-        relu = activation == "relu"
-        state = phases_for(view).forward(y.flat, flat, layout, plan, by, given, eps, relu, running, kept)
-        saved = Saved(x, flat, layout, plan, state, weight, bias, residual is not None, relu, gradient)
-        saved.probe = probe(flat)
-        return y.hand_back(), saved
-
-
-def saved_in(
-    kept: Kept,
-    x: Array,
-    plan: Plan,
-    weight: Array | None,
-    bias: Array | None,
-    residual: bool,
-    activation: str | None,
-    gradient: str,
-) -> Saved:
-    """Return what `forward_in_place` saved, from the memory that kept it and forward's own arguments."""
-    view = checks.array(x, "x", 1)
-    layout = layout_of(view, 1)
-    with on_device(view):
-        flat = layout.flatten(view)
-        state = phases_for(view).restored(flat, layout, plan, kept)
-    return Saved(x, flat, layout, plan, state, weight, bias, residual, activation == "relu", gradient)
+    """`forward` that also moves running statistics, if they are among the arguments."""
+    views = borrowed(_with_prior(arguments, prior))
+    plan = _plan(plan, views.x, options)
+    ready = prepared(views, plan, options)
+    check_memory(views, options.in_place)
+    back = giver(arguments.x, views.x)
+    with on_device(views.x):
+        x = ready.layout.flatten(views.x)
+        y, state = _run(ready, views, x, plan, plan.count_beside(prior, x.size), moving)
+        kinds = tuple(None if p is None else p.dtype for p in (views.weight, views.bias))
+        saved = Saved(
+            arguments.x, x, ready.layout, plan, state, arguments.weight, arguments.bias, kinds,
+            arguments.residual is not None, options.activation == "relu", options.gradient, ready.call,
+            probe(x),
+        )  # fmt: skip
+        return (back(ready.layout.restore(y)) if arguments.out is None else arguments.out), saved
 
 
 def backward(
@@ -200,36 +170,30 @@ def backward(
     if not isinstance(saved, Saved):
         raise TypeError(f"saved: expected what forward returned, got {type(saved).__name__}")
     saved.check()
-    if saved.call is not None and needs is None and gradient in (None, saved.gradient):
-        done = saved.call.backward(dy, saved, out)
-        if done is not None:
-            return Grads(*done)
-    layout, x = saved.layout, saved.x
-    view = checks.beside(dy, "dy", layout.restore(x))
+    layout, x = saved.layout, saved.view
+    view = borrow(dy, "dy")
+    checks.beside(view, "dy", x)
     gradient = saved.gradient if gradient is None else gradient
-    checks.gradient_of(gradient, saved.plan)
+    checks.gradient_of(gradient, saved.plan.recipe)
     optional = (("weight", saved.weight), ("bias", saved.bias), ("residual", saved.residual or None))
     wanted = checks.needed(needs, ("x", *(name for name, value in optional if value is not None)))
     target = None
     if out is not None:
         if "x" not in wanted:
             raise ValueError("out: expected None, since needs leaves out 'x'")
-        target = checks.output(out, view, (view, layout.restore(x)))
+        target = borrow(out, "out", written=True)
+        checks.output(target, x)
+        checks.apart(target, (view, x))
     with on_device(view):
-        dx = Result(x, layout, saved.like, out, target) if "x" in wanted else None
-        dresidual = Result(x, layout, saved.like) if "residual" in wanted and saved.relu else None
-        dweight = dbias = np.zeros(0)
-        if dx or dresidual or "weight" in wanted or "bias" in wanted:
-            dweight, dbias = phases_for(view).backward(
-                None if dx is None else dx.flat, None if dresidual is None else dresidual.flat,
-                layout.flatten(view), saved, gradient,
-            )  # fmt: skip
+        dx, dresidual, dweight, dbias = _differentiate(saved, view, wanted, gradient, target)
+        back = giver(saved.like, view)
         return Grads(
-            None if dx is None else dx.hand_back(),
-            give(dweight, saved.weight) if "weight" in wanted else None,
-            give(dbias, saved.bias) if "bias" in wanted else None,
-            None if "residual" not in wanted else dy if dresidual is None else dresidual.hand_back(),
-        )
+            None if "x" not in wanted else out if out is not None else back(layout.restore(dx)),
+            None if dweight is None else give(dweight, saved.weight),
+            None if dbias is None else give(dbias, saved.bias),
+            None if "residual" not in wanted
+            else dy if dresidual is None else back(layout.restore(dresidual)),
+        )  # fmt: skip
 
 
 def repair(dx: Array, dy: Array, saved: Saved, dweight: Array, dbias: Array) -> None:
@@ -251,14 +215,30 @@ def repair(dx: Array, dy: Array, saved: Saved, dweight: Array, dbias: Array) -> 
     if not isinstance(saved, Saved):
         raise TypeError(f"saved: expected what forward returned, got {type(saved).__name__}")
     saved.check()
-    layout, x = saved.layout, saved.x
-    view = checks.beside(dy, "dy", layout.restore(x))
-    sums = [checks.channels(dweight, "dweight", layout.C, view)]
-    sums.append(checks.channels(dbias, "dbias", layout.C, view))
-    target = checks.output(dx, view, (view, layout.restore(x), *sums), name="dx")
+    layout, x, call = saved.layout, saved.view, saved.call
+    view = borrow(dy, "dy")
+    checks.beside(view, "dy", x)
+    sums = [borrow(dweight, "dweight"), borrow(dbias, "dbias")]
+    for each, name in zip(sums, ("dweight", "dbias"), strict=True):
+        checks.channels(each, name, layout.C, x)
+    target = borrow(dx, "dx", written=True)
+    checks.output(target, x, "dx")
+    checks.apart(target, (view, x, *sums), name="dx")
+    if call is None:
+        return
     with on_device(view):
-        flat = layout.flatten(target)
-        phases_for(view).repair(flat, layout.flatten(view), saved, *sums)
+        flat, gradients = layout.flatten(target), layout.flatten(view)
+        state, memory = saved.state, new(flat, call.memory, "u1")
+        total = new(flat, 2 * layout.C, call.sums_element)
+        for k, each in enumerate(call.given(widen(sums[0]), widen(sums[1]), state.rows)):
+            total[k * layout.C : (k + 1) * layout.C] = each
+        at = Pointers(
+            dx=address(flat), dy=address(gradients), x=address(saved.x), state=address(state.values),
+            mask=at_(state.mask), memory=address(memory), sums=address(total), step=state.step_address,
+        )  # fmt: skip
+        call.repair(at, state.draw)
+        if call.memory:
+            state.memory["repair"] = memory, total, gradients
         if not layout.lies(target):
             target[...] = layout.restore(flat)
 
@@ -277,16 +257,23 @@ def moments(
     `normalize` by the result. They come in ``dtype``: "float32", which rounds the mean as `forward` does not
     (it matters for |mean|/std beyond 1e4), or "float64"; by default that of parameters beside x.
     """
-    view = checks.array(x, "x", channel_axis)
-    layout = layout_of(view, channel_axis)
-    if plan is None:
-        plan = Full().plan(view.shape, channel_axis=channel_axis, fewest=1)
-    checks.plan_for(plan, layout, prior, fewest=1)
+    views = borrowed(_with_prior(Arguments(x), prior))
+    options = Options(channel_axis=channel_axis, fewest=1)
+    plan = _plan(plan, views.x, options)
     checks.choice(dtype, "dtype", (None, "float32", "float64"))
-    by = None if prior is None else checks.given(prior, layout.C, view)
-    with on_device(view):
-        statistics = phases_for(view).moments(layout.flatten(view), layout, plan, by)
-        return public(statistics, dtype or PARAMETER[ELEMENT[view.dtype]], x)
+    kind = dtype or PARAMETER[element_type(views.x)]
+    return public(moments_of(views, plan, options, prior), kind, x)
+
+
+def moments_of(
+    views: Arguments, plan: Plan, options: Options, prior: Statistics | None = None
+) -> Moments:
+    """`moments` of views, in float64."""
+    ready = prepared(views, plan, options)
+    with on_device(views.x):
+        x = ready.layout.flatten(views.x)
+        count = plan.count_beside(prior, x.size)
+        return _run(ready, views, x, plan, count, writes=False)[1].moments
 
 
 def normalize(
@@ -305,60 +292,127 @@ def normalize(
 
     Args and errors as `forward`, but that eps may be 0, and out may be x or the residual itself.
     """
-    alike, call = None, None
-    if isinstance(statistics, Statistics):
-        arrays = x, statistics.mean, statistics.var, weight, bias, residual, out
-        alike = checks.likeness(arrays, eps, channel_axis, activation)
-        call = None if alike is None else _known.get(alike)
-        y = call.normalize(*arrays, eps) if call else None
-        if y is not None:
-            return y
-    view = checks.array(x, "x", channel_axis)
-    layout = layout_of(view, channel_axis)
     if not isinstance(statistics, Statistics):
         raise TypeError(f"statistics: expected Statistics, got {type(statistics).__name__}")
-    checks.choice(activation, "activation", (None, "relu"))
-    eps = checks.epsilon(eps, statistics_are_given=True)
-    given = checks.parameters(view, layout, weight, bias, residual)
-    by = checks.given(statistics, layout.C, view)
-    target = None
-    if out is not None:
-        apart = given.weight, given.bias, by.mean, by.var
-        target = checks.output(out, view, apart, (view, given.residual))
-    if alike is not None and call is None:
-        remember(_known, alike, _calls(view).call_of(view, layout, given, out, activation == "relu", by=by))
-    with on_device(view):
-        flat = layout.flatten(view)
-        y = Result(flat, layout, x, out, target)
-        phases_for(view).normalize(y.flat, flat, layout, by, given, eps, activation == "relu")
-        return y.hand_back()
+    arguments = _with_prior(Arguments(x, weight, bias, residual, out), statistics)
+    views, options = borrowed(arguments), Options(eps, channel_axis, activation, in_place=True)
+    checks.rank(views.x, channel_axis)
+    plan = evaluation(layout_of(views.x, channel_axis))
+    ready = prepared(views, plan, options)
+    check_memory(views, options.in_place)
+    back = giver(x, views.x)
+    with on_device(views.x):
+        y, _ = _run(ready, views, ready.layout.flatten(views.x), plan, 0.0, masks=False)
+        return back(ready.layout.restore(y)) if out is None else out
 
 
-def remember(known: dict[Any, Any], alike: Any, call: Any) -> None:
-    """Cache the call of arguments that have passed all checks, or that they have none."""
-    if len(known) >= REMEMBERED:
-        known.clear()
-    known[alike] = call or False
+@lru_cache(maxsize=1024)
+def evaluation(layout: Layout) -> Plan:
+    """Return the plan of given statistics: a prior of weight 1."""
+    return Plan(Recipe((layout.N, *layout.spatial), (), 1.0))
 
 
-def phases_for(view: np.ndarray) -> ModuleType:
-    """Return the engine for an array: `sbncore.cpu.phases`, or for CuPy's `sbncore.cuda.phases`."""
-    return _phases_for(isinstance(view, np.ndarray))
+def _with_prior(arguments: Arguments, prior: Any) -> Arguments:
+    if prior is None:
+        return arguments
+    if not isinstance(prior, Statistics):
+        raise TypeError(f"prior: expected Statistics, got {type(prior).__name__}")
+    return arguments._replace(prior_mean=prior.mean, prior_var=prior.var)
 
 
-def _calls(view: np.ndarray) -> ModuleType:
-    """Return the module of an engine's cached calls."""
-    if isinstance(view, np.ndarray):
-        from sbncore.cpu import calls
-    else:
-        from sbncore.cuda import calls  # type: ignore[no-redef]
-    return calls
+def _plan(plan: Any, x: np.ndarray, options: Options) -> Plan:
+    """Return the plan, by default everything; x has been looked at no further than its type."""
+    if plan is None:
+        checks.rank(x, options.channel_axis)
+        return Full().plan(x.shape, channel_axis=options.channel_axis, fewest=options.fewest)
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan: expected a Plan (sampler.plan(x.shape)), got {type(plan).__name__}")
+    return plan
 
 
-@cache
-def _phases_for(cpu: bool) -> ModuleType:
-    if cpu:
-        from sbncore.cpu import phases
-    else:
-        from sbncore.cuda import phases  # type: ignore[no-redef]
-    return phases
+def _run(
+    ready: Prepared, views: Arguments, x: np.ndarray, plan: Plan, count: float,
+    moving: Moving = NOTHING_MOVES, writes: bool = True, masks: bool = True,
+) -> tuple[Any, State]:  # fmt: skip
+    """Run a forward over x, flat; return y, flat, if it writes one, and the state."""
+    call, layout, copied = ready.call, ready.layout, ready.copied
+    values = new(x, ROWS * layout.C + 1, "f8")
+    if call is None:
+        return x, _state_of_nothing(values, views, layout, count)
+    y = None
+    if writes:
+        y = new(x, x.size, x.dtype) if views.out is None or "out" in copied else layout.flatten(views.out)
+    memory, mask = new(x, call.memory, "u1"), new(x, call.mask, "u1") if masks and call.mask else None
+    residual = None if views.residual is None else layout.flatten(views.residual)
+    vectors = {name: vector_of(views, name, ready) for name in VECTORS}
+    draw, step = call.drawn(plan)
+    at = Pointers(
+        y=at_(y), x=address(x), residual=at_(residual), mask=at_(mask), state=address(values),
+        memory=address(memory), step=at_(step), **{name: at_(view) for name, view in vectors.items()},
+    )  # fmt: skip
+    call.forward(at, draw, Scalars(ready.eps, moving.momentum, unbiased(count), moving.skip_nonfinite))
+    if copied:
+        _write_back(ready, views, y, vectors)
+    state = State(values, mask, count, layout.C, draw, step is not None)
+    if call.memory:
+        state.memory["forward"] = memory, residual, vectors
+    return y, state
+
+
+def _write_back(ready: Prepared, views: Arguments, y: Any, vectors: dict[str, Any]) -> None:
+    """Copy what was written to arrays that the engine cannot take as they lie."""
+    if "out" in ready.copied and y is not None:
+        views.out[...] = ready.layout.restore(y)
+    for name in ("running_mean", "running_var"):
+        if name in ready.copied:
+            view = getattr(views, name)
+            view[...] = narrow(vectors[name], view.dtype)
+
+
+def _state_of_nothing(values: Any, views: Arguments, layout: Layout, count: float) -> State:
+    """Return the state of an array without elements: the prior's moments, if there is one."""
+    values[...] = 0
+    if views.prior_mean is not None:
+        values[: layout.C] = widen(views.prior_mean)
+        values[layout.C : 2 * layout.C] = widen(views.prior_var)
+    return State(values, None, count, layout.C, None, False)
+
+
+def _differentiate(
+    saved: Saved, dy: np.ndarray, wanted: tuple[str, ...], gradient: str, out: Any
+) -> tuple[Any, Any, Any, Any]:
+    """Return dx and dresidual, flat, and dweight and dbias in their parameters' types.
+
+    None is what is not wanted, and a residual's gradient that is dy itself.
+    """
+    call, layout, x, state = saved.call, saved.layout, saved.x, saved.state
+    direct = out is not None and layout.lies(out)
+    dx = None if "x" not in wanted else layout.flatten(out) if direct else new(x, x.size, x.dtype)
+    dresidual = new(x, x.size, x.dtype) if "residual" in wanted and saved.relu else None
+    kind = PARAMETER[element_type(x)]
+    sums = [new(x, layout.C, kind) if name in wanted else None for name in ("weight", "bias")]
+    if call is None:
+        for each in sums:
+            if each is not None:
+                each[...] = 0
+    elif dx is not None or dresidual is not None or "weight" in wanted or "bias" in wanted:
+        memory, flat = new(x, call.memory, "u1"), layout.flatten(dy)
+        at = Pointers(
+            dx=at_(dx), dresidual=at_(dresidual), dweight=at_(sums[0]), dbias=at_(sums[1]), x=address(x),
+            dy=address(flat), state=address(state.values), mask=at_(state.mask), memory=address(memory),
+            step=state.step_address,
+        )  # fmt: skip
+        call.backward(at, state.draw, gradient)
+        if call.memory:
+            state.memory["backward"] = memory, flat
+        if out is not None and dx is not None and not direct:
+            out[...] = layout.restore(dx)
+    dweight, dbias = (
+        None if each is None else narrow(each, dtype) for each, dtype in zip(sums, saved.kinds, strict=True)
+    )
+    return dx, dresidual, dweight, dbias
+
+
+def at_(array: Any) -> int:
+    """Return an array's address, 0 of None."""
+    return 0 if array is None else address(array)

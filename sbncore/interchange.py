@@ -11,10 +11,6 @@ import numpy as np
 
 IMMUTABLE = "jax", "jaxlib", "tensorflow"  # frameworks whose arrays never change, whatever their capsules say
 PROTOCOL = "__dlpack__", "__dlpack_device__"
-# What tells arrays of a type apart, but for their memory; the CUDA engine adds CuPy's.
-LOOKS: dict[type, Callable[[Any], tuple[Any, ...]]] = {
-    np.ndarray: lambda array: (array.shape, array.strides, array.dtype)
-}
 
 _READ_ONLY, _IS_COPIED = 1, 2
 _FLAGS = 8 + 2 * ctypes.sizeof(ctypes.c_void_p)  # behind the version, the manager's context and the deleter

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sbncore.arrays import Array, empty_like, giver, writeable
+from sbncore.arrays import aligned
 
 
 class Layout(NamedTuple):
@@ -33,12 +33,16 @@ class Layout(NamedTuple):
     def S(self) -> int:
         return math.prod(self.spatial)
 
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        return self.N, self.C, self.S
+
     def flatten(self, array: np.ndarray) -> np.ndarray:
         """Return the array's memory in this layout, flat: a view where it lies so already, else a copy."""
         ordered = self._ordered(array)
         if not _dense(ordered):
             ordered = ordered.copy(order="C")
-        return writeable(ordered).reshape(-1)
+        return ordered.reshape(-1)
 
     def lies(self, array: np.ndarray) -> bool:
         """Whether the array's memory is in this layout already."""
@@ -69,8 +73,7 @@ class Layout(NamedTuple):
 
 
 def _dense(ordered: np.ndarray) -> bool:
-    flags = ordered.flags
-    return bool(flags.c_contiguous and getattr(flags, "aligned", True))  # CuPy's are
+    return bool(ordered.flags.c_contiguous and aligned(ordered))
 
 
 def layout_of(array: np.ndarray, axis: int) -> Layout:
@@ -101,27 +104,3 @@ def _nearest(array: np.ndarray, axis: int) -> Layout:
         return last
     spatial = [abs(s) for a, s in enumerate(array.strides) if a not in (0, axis) and shape[a] > 1]
     return last if abs(array.strides[axis]) < min(spatial) else first
-
-
-class Result:
-    """An array like x to be written: flat memory for the engine, and then the caller's own type.
-
-    The memory is that of ``target``, the view of the caller's ``out``, where it lies in x's layout; else it
-    is new, and copied there at the end.
-    """
-
-    def __init__(
-        self, x: np.ndarray, layout: Layout, like: Array, out: Array = None, target: np.ndarray | None = None
-    ) -> None:
-        self._layout, self._out, self._target = layout, out, target
-        self._give = giver(like, x)
-        if target is not None and layout.lies(target):
-            self.flat, self._target = layout.flatten(target), None
-        else:
-            self.flat = empty_like(x)
-
-    def hand_back(self) -> Array:
-        """Return the caller's ``out``, or a new array of the type of ``like``."""
-        if self._target is not None:
-            self._target[...] = self._layout.restore(self.flat)
-        return self._give(self._layout.restore(self.flat)) if self._out is None else self._out

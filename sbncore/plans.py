@@ -1,27 +1,24 @@
-"""What was drawn for one call: a Plan is a list of Parts, each a set of places with a weight.
+"""What was drawn for one call: a Recipe says how many places of which pattern, a Draw names where.
 
-Places are flat positions ``n * S + s`` of one channel, ``S`` the product of the spatial sizes. A part
-keeps its recipe (a key and a few integers), never the places: they follow from the hash, on any
-backend (`sbncore.hashing`). `Plan.runs` spells them out as disjoint runs of consecutive positions.
+Places are flat positions ``n * S + s`` of one channel, ``S`` the product of the spatial sizes. A recipe's
+parts keep a key and a few integers, never the places: they follow from the hash, on any backend
+(`sbncore.hashing`). `Plan.runs` spells them out as disjoint runs of consecutive positions.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from typing import Any, ClassVar, NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sbncore.hashing import MASK, absorb, bounded, distinct, stream_key
+from sbncore.hashing import absorb, bounded, distinct, stream_key
 
 Ints = NDArray[np.int64]
-# of a plan, what its parts' keys do not change
-KEYLESS = "shape", "prior", "virtual", "S", "count", "apart", "full", "total", "known", "_count_apart"
 
 
 class Runs(NamedTuple):
@@ -32,28 +29,12 @@ class Runs(NamedTuple):
     weight: NDArray[np.float64]
 
 
-@dataclass(frozen=True, eq=False)
-class StepKey:
-    """A part's key whose step an array holds: read when the plan is used, on its own device.
-
-    ``key = absorb(absorb(before, step), stream)``, as in `sbncore.hashing`.
-    """
-
-    before: int
-    step: Any
-    stream: int
-
-    def now(self) -> int:
-        """Return the key at the present step (from a GPU's memory: this waits for it)."""
-        return absorb(absorb(self.before, int(self.step.item()) & MASK), self.stream)
-
-
 @dataclass(frozen=True)
 class Part:
     """Places among the samples ``first .. first+rows-1``, sharing ``weight`` of the statistics equally."""
 
     weight: float
-    key: Any  # int, or StepKey
+    key: int  # in a Recipe that is drawn by a Draw: the number of the part's stream
     first: int
     rows: int
 
@@ -61,12 +42,6 @@ class Part:
     def count(self) -> int:
         """Number of values per channel."""
         raise NotImplementedError
-
-    def keyed(self, key: Any) -> Part:
-        """Return the same part drawn with another key."""
-        part = object.__new__(type(self))  # four times as quick as `replace`
-        part.__dict__.update(self.__dict__, key=key)
-        return part
 
     def fits(self, N: int, S: int) -> bool:
         """Whether all places lie within N samples of S positions, each at most once."""
@@ -171,58 +146,39 @@ class ScatteredPlaces(Part):
         return begin, np.ones(self.positions, np.int64)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The places one call draws its statistics from, and the weight of the prior beside them.
+class Draw(NamedTuple):
+    """The name of a draw: integers modulo 2**64; the step may be an array of one int64, read when used."""
 
-    A value: comparable, hashable, printable, a pure function of (sampler, shape, seed, layer, step).
+    seed: int
+    layer: int
+    step: Any
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How many places are drawn from arrays of one shape, in which pattern, and what they weigh.
 
     Attributes:
-        shape: (N, *spatial) it was drawn for; it serves any number of channels.
+        shape: (N, *spatial) of the arrays; it serves any number of channels.
         parts: the sets of places; their weights and ``prior`` sum to 1.
         prior: weight of the given statistics; 1 is evaluation mode.
         virtual: number of trailing rows that are synthetic samples in the statistics.
     """
 
     shape: tuple[int, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[Part, ...] = ()
     prior: float = 0.0
     virtual: int = 0
 
-    words: ClassVar[tuple[int, int, int] | None] = None  # (seed, layer, step), where a sampler drew at a step
-    recipe: ClassVar[Plan]  # what it drew by
-
-    @cached_property
-    def known(self) -> dict[Any, Any]:
-        """What has been found out about calls under this plan and those that differ in their keys alone."""
-        return {}
-
-    def drawn(self, seed: int, layer: int, step: int) -> Plan:
-        """Return the plan of a draw; here the parts' keys are the numbers of their streams."""
-        plan = object.__new__(Plan)
-        plan.__dict__.update(self._keyless, words=(seed, layer, step), recipe=self)
-        return plan
-
-    def keyed(self, key: Callable[[Any], Any]) -> Plan:
-        """Return the plan with other keys, each a function of the one here."""
-        plan = object.__new__(Plan)
-        plan.__dict__.update(self._keyless, parts=tuple([part.keyed(key(part.key)) for part in self.parts]))
-        return plan
-
-    def __getattr__(self, name: str) -> Any:
-        if name != "parts" or "recipe" not in self.__dict__:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        seed, layer, step = self.words or (0, 0, 0)
-        keyed = self.recipe.keyed(partial(stream_key, seed, layer, step))
-        self.__dict__["parts"] = keyed.parts  # most calls never look
-        return keyed.parts
+    def __hash__(self) -> int:
+        return self._hash
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Plan, (self.shape, self.parts, self.prior, self.virtual)
+        return Recipe, (self.shape, self.parts, self.prior, self.virtual)
 
     @cached_property
-    def _keyless(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in KEYLESS}
+    def _hash(self) -> int:  # asked for at every call
+        return hash((self.shape, self.parts, self.prior, self.virtual))
 
     @property
     def N(self) -> int:
@@ -237,69 +193,20 @@ class Plan:
         """Number of values per channel that are drawn (a place drawn by two parts counts twice)."""
         return sum(part.count for part in self.parts)
 
-    @property
-    def step(self) -> Any:
-        """The array that holds the step, or None where the draw is made."""
-        if self.words is not None or not self.parts:
-            return None
-        key = self.parts[0].key
-        return key.step if isinstance(key, StepKey) else None
-
-    def now(self) -> Plan:
-        """Return what is drawn at the present step, where an array holds it; else this plan."""
-        if self.step is None:
-            return self
-        parts = tuple(replace(part, key=part.key.now()) for part in self.parts)
-        return Plan(self.shape, parts, self.prior, self.virtual)
-
     @cached_property
     def apart(self) -> bool:
         """Whether no two parts draw from the same samples."""
         rows = sorted((part.first, part.first + part.rows) for part in self.parts)
         return all(last <= first for (_, last), (first, _) in itertools.pairwise(rows))
 
-    @property
-    def effective_count(self) -> float:
-        """``1 / sum(p_i ** 2)``: of how many equally weighted values the mean has the variance."""
-        return self._count_apart if self.apart else self.now()._count_together
-
-    def count_beside(self, prior: Any, size: int) -> float:
-        """Return the statistics' count: with the prior's, and 0 of an array of no elements."""
-        if prior is None:
-            return self.effective_count if size else 0.0
-        inverse = self.prior**2 / prior.count
-        if size and self.prior < 1:
-            inverse += 1 / self.effective_count
-        return 1 / inverse if inverse else math.inf
-
-    @cached_property
-    def _count_apart(self) -> float:
-        inverse = math.fsum(part.weight**2 / part.count for part in self.parts)
-        return 1 / inverse if inverse else math.inf
-
-    @cached_property
-    def _count_together(self) -> float:
-        runs = self._runs
-        total = float(np.dot(runs.length, runs.weight**2))
-        return 1 / total if total else math.inf
-
     @cached_property
     def full(self) -> bool:
         """Whether every place is drawn with the same weight."""
         return len(self.parts) == 1 and self.count == self.N * self.S
 
-    @property
-    def runs(self) -> Runs:
-        """The places as disjoint runs in order, none across two samples, weights adding up.
-
-        Raises:
-            ValueError: if a part (one made by hand) reaches outside the shape.
-        """
-        return self.now()._runs
-
     @cached_property
     def total(self) -> float:
-        """The weights of parts and prior together: 1, if the plan was not made by hand.
+        """The weights of parts and prior together: 1, if the recipe was not made by hand.
 
         Raises:
             ValueError: if a part reaches outside the shape.
@@ -312,11 +219,114 @@ class Plan:
         return math.fsum(part.weight for part in self.parts) + self.prior
 
     @cached_property
+    def count_apart(self) -> float:
+        """`Plan.effective_count` of parts that share no samples."""
+        inverse = math.fsum(part.weight**2 / part.count for part in self.parts)
+        return 1 / inverse if inverse else math.inf
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The places one call draws its statistics from, and the weight of the prior beside them.
+
+    A value: comparable, hashable, printable, a pure function of (sampler, shape, seed, layer, step). Plans
+    whose step an array holds are equal to themselves alone.
+
+    Attributes:
+        recipe: what is drawn.
+        draw: where; None if the keys of the recipe's parts are final, as of one made by hand.
+    """
+
+    recipe: Recipe
+    draw: Draw | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.recipe.shape
+
+    @property
+    def prior(self) -> float:
+        return self.recipe.prior
+
+    @property
+    def virtual(self) -> int:
+        return self.recipe.virtual
+
+    @property
+    def count(self) -> int:
+        return self.recipe.count
+
+    @property
+    def full(self) -> bool:
+        return self.recipe.full
+
+    @property
+    def step(self) -> Any:
+        """The array that holds the step, or None where the draw is made."""
+        if self.draw is None or type(self.draw.step) is int or not self.recipe.parts:
+            return None
+        return self.draw.step
+
+    def now(self) -> Plan:
+        """Return what is drawn at the present step, where an array holds it (in a GPU's memory: this waits
+        for it); else this plan."""
+        if self.draw is None or self.step is None:
+            return self
+        return Plan(self.recipe, self.draw._replace(step=int(self.step.item())))
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The recipe's parts with their final keys, at the present step."""
+        draw = self.now().draw
+        if draw is None:
+            return self.recipe.parts
+        return tuple(replace(part, key=stream_key(*draw, part.key)) for part in self.recipe.parts)
+
+    def _value(self) -> tuple[Any, ...]:
+        return self.shape, self.parts, self.prior, self.virtual
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Plan) or self is other:
+            return self is other
+        return self.step is None and other.step is None and self._value() == other._value()
+
+    def __hash__(self) -> int:
+        return hash(self._value()) if self.step is None else id(self)
+
+    @property
+    def effective_count(self) -> float:
+        """``1 / sum(p_i ** 2)``: of how many equally weighted values the mean has the variance."""
+        return self.recipe.count_apart if self.recipe.apart else self.now()._count_together
+
+    def count_beside(self, prior: Any, size: int) -> float:
+        """Return the statistics' count: with the prior's, and 0 of an array of no elements."""
+        if prior is None:
+            return self.effective_count if size else 0.0
+        inverse = self.prior**2 / prior.count
+        if size and self.prior < 1:
+            inverse += 1 / self.effective_count
+        return 1 / inverse if inverse else math.inf
+
+    @cached_property
+    def _count_together(self) -> float:
+        runs = self._runs
+        total = float(np.dot(runs.length, runs.weight**2))
+        return 1 / total if total else math.inf
+
+    @property
+    def runs(self) -> Runs:
+        """The places as disjoint runs in order, none across two samples, weights adding up.
+
+        Raises:
+            ValueError: if a part (one made by hand) reaches outside the shape.
+        """
+        return self.now()._runs
+
+    @cached_property
     def _runs(self) -> Runs:
-        _ = self.total
-        S = self.S
-        spelled = [part.places(S) for part in self.parts]
-        weights = [part.weight / part.count for part in self.parts]
+        _, S, parts = self.recipe.total, self.recipe.S, self.parts
+        spelled = [part.places(S) for part in parts]
+        weights = [part.weight / part.count for part in parts]
         if not spelled:
             return Runs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
         if len(spelled) == 1:
@@ -335,13 +345,13 @@ class Plan:
 
     def weights(self) -> NDArray[np.float64]:
         """Return ``p`` itself, (N, *spatial) in float64, spelled out for inspection and for tests."""
-        p = np.zeros(self.N * self.S)
+        p = np.zeros(self.recipe.N * self.recipe.S)
         for begin, length, weight in zip(*self.runs, strict=True):
             p[begin : begin + length] += weight
         return p.reshape(self.shape)
 
     def __str__(self) -> str:
-        total = self.N * self.S
+        total = self.recipe.N * self.recipe.S
         share = f", {self.count / total:.1%}" if total else ""
         lines = [f"{self.count} of {total} values per channel{share}, of a batch {self.shape}"]
         lines += [f"  weight {part.weight:g}: {part}" for part in self.parts]

@@ -4,26 +4,50 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from sbncore.arrays import ELEMENT, LARGE, PARAMETER, borrow
+from sbncore.arrays import ELEMENT, LARGE, PARAMETER, address, borrow
 from sbncore.interchange import detached
 from sbncore.layout import Layout
-from sbncore.plans import Plan
-from sbncore.statistics import Statistics, public
+from sbncore.plans import Draw, Plan
+from sbncore.signature import ROWS, Call
+from sbncore.statistics import Moments, Statistics, public
 
 PROBED = 32  # elements that are looked at again: of a large array, for less than a hundredth of a call
-ROWS = 6  # of the values: mean, var, rstd, shift, scale, offset
 
 
-class Kept(NamedTuple):
-    """The caller's memory for what backward needs beside x, where an autograd wants to hold it."""
+class State:
+    """What the engine leaves for backward.
 
-    values: Any  # (ROWS, C) float64
-    mask: Any  # (mask_size,) uint8, or None
-    step: Any = None  # (1,) int64 on a GPU: the step drawn at, where an array held it
+    Args:
+        values: (ROWS * C + 1,) float64: see `sbncore.call.ROWS`, and the step drawn at.
+        mask: the bits of y > 0, where backward needs them.
+        count: of the statistics.
+        draw, on_device: where the sample was; its step is in the values if it was read on a GPU.
+    """
+
+    def __init__(
+        self, values: Any, mask: Any, count: float, channels: int, draw: Draw | None, on_device: bool
+    ) -> None:
+        self.values, self.mask, self.count, self.channels = values, mask, count, channels
+        self.draw, self.on_device = draw, on_device
+        self.memory: dict[str, Any] = {}  # a GPU's: a captured graph uses it as long as it lives
+
+    @property
+    def rows(self) -> Any:
+        """The values of each channel, (ROWS, C)."""
+        return self.values[: ROWS * self.channels].reshape(ROWS, self.channels)
+
+    @property
+    def step_address(self) -> int:
+        """Where the step is in a GPU's memory, or 0."""
+        return address(self.values) + 8 * ROWS * self.channels if self.on_device else 0
+
+    @property
+    def moments(self) -> Moments:
+        return self.rows[0], self.rows[1], self.count
 
 
 @dataclass(eq=False, repr=False, slots=True)  # frozen would take a microsecond
@@ -37,14 +61,20 @@ class Saved:
     x: Any  # its memory, flat
     layout: Layout
     plan: Plan
-    state: Any  # the engine's own
+    state: State
     weight: Any
     bias: Any
+    kinds: tuple[Any, ...]  # storage types of weight and bias
     residual: bool
     relu: bool
     gradient: str
-    call: Any = None  # the cached call, where forward took one
+    call: Call | None  # None for arrays without elements
     probe: bytes | None = None  # by `probe`, of x as it was
+
+    @property
+    def view(self) -> np.ndarray:
+        """x in its logical shape."""
+        return self.layout.restore(self.x)
 
     @property
     def statistics(self) -> Statistics:

@@ -14,15 +14,6 @@ Moments = tuple[np.ndarray, np.ndarray, float]  # mean and var (C,) in float64, 
 
 
 @dataclass(frozen=True, eq=False)
-class Given:
-    """Checked statistics of the caller's: views of their storage types."""
-
-    mean: np.ndarray
-    var: np.ndarray
-    count: float
-
-
-@dataclass(frozen=True, eq=False)
 class Statistics:
     """Mean and variance of each channel, as they normalize and as a running average needs them.
 

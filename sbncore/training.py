@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from sbncore import checks
-from sbncore.arrays import Array
+from sbncore.arguments import Arguments, Options
+from sbncore.arrays import Array, borrow
 from sbncore.drawing import Sampler
-from sbncore.functional import Saved, forward_in_place
+from sbncore.functional import Moving, Saved, evaluation, run_forward
 from sbncore.layout import layout_of
-from sbncore.plans import Plan
 from sbncore.samplers import Full
 from sbncore.statistics import Statistics
 
@@ -60,30 +60,29 @@ def batch_norm(
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came, before any write.
     """
-    view = checks.array(x, "x", channel_axis)
-    layout = layout_of(view, channel_axis)
     checks.OPTIONS["sampler"](sampler)
-    skip_nonfinite = checks.OPTIONS["skip_nonfinite"](skip_nonfinite)
+    moving = Moving(
+        checks.momentum_of(momentum, step) if training else 0.0,
+        checks.OPTIONS["skip_nonfinite"](skip_nonfinite),
+    )
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean, running_var: expected both or neither, got one of them")
     if running_mean is None and not training:
         raise ValueError("running_mean, running_var: expected arrays when training is false, got None")
-    factor = checks.momentum_of(momentum, step) if training else 0.0
-    prior, stored = None, []
-    if running_mean is not None:
-        for value, name in ((running_mean, "running_mean"), (running_var, "running_var")):
-            stored.append(checks.channels(value, name, layout.C, view, written=bool(training)))
-        prior = Statistics(running_mean, running_var)
+    view = borrow(x, "x")
+    checks.rank(view, channel_axis)
+    layout = layout_of(view, channel_axis)
+    arguments = Arguments(x, weight, bias, residual, out)
     if training:
+        arguments = arguments._replace(running_mean=running_mean, running_var=running_var)
         plan = sampler.plan(view.shape, seed=seed, layer=layer, step=step, channel_axis=channel_axis)
-        if plan.prior > 0 and prior is None:
+        if plan.prior > 0 and running_mean is None:
             raise ValueError("running_mean, running_var: expected arrays for the sampler's prior, got None")
     else:
-        plan = Plan((layout.N, *layout.spatial), (), 1.0)
-    running = None
-    if training and stored:
-        running = checks.Running(stored[0], stored[1], factor, skip_nonfinite)
-    return forward_in_place(
-        x, weight, bias, plan, prior if plan.prior > 0 else None, eps, channel_axis, activation, residual,
-        gradient, out, running,
-    )  # fmt: skip
+        plan = evaluation(layout)
+    prior = None
+    if plan.prior > 0:
+        prior = Statistics(running_mean, running_var)
+        for value, name in ((running_mean, "running_mean"), (running_var, "running_var")):
+            checks.channels(borrow(value, name), name, layout.C, view)
+    return run_forward(arguments, plan, prior, Options(eps, channel_axis, activation, gradient), moving)

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import os
 import platform
@@ -14,8 +15,8 @@ import numpy as np
 import pytest
 
 from bench.kernels import instances
-from sbncore import checks, functional
-from sbncore.cuda import call, device, phases
+from sbncore import arguments, arrays, functional, layout
+from sbncore.cuda import call, device, record
 
 if platform.machine() not in ("x86_64", "AMD64") or shutil.which("g++") is None:
     pytest.skip("the emulator needs g++ and an x86-64 processor", allow_module_level=True)
@@ -61,7 +62,7 @@ class EmulatedDevice:
         for library in self._libraries:
             library.launch.restype = ctypes.c_char_p
             library.call_size.restype = ctypes.c_longlong
-            assert library.call_size() == call.SIZE
+            assert library.call_size() == record.SIZE
         self.multiprocessors, self.seed = multiprocessors, seed
         self.launches = []
         self._named = {}
@@ -75,7 +76,7 @@ class EmulatedDevice:
     def step(self, array):
         return array
 
-    def launch(self, launches, packed):
+    def launch(self, launches, packed, stream=None):
         for each in launches:
             self.launches.append(each)
             self._launch(*each, packed)
@@ -123,11 +124,17 @@ def emulated(emulator):
         emulator.name(array)
         return array.__array_interface__["data"][0]
 
-    before = functional.phases_for, phases.address, phases.device_of
-    functional.phases_for, phases.address, phases.device_of = lambda x: phases, watched, lambda x: emulator
-    likeness, checks.likeness = checks.likeness, lambda *arguments: None  # the CPU's cached calls
-    try:
+    def look(view):
+        return view.shape, view.strides, view.dtype.char, watched(view) % 16
+
+    with pytest.MonkeyPatch.context() as patched:
+        calls = functools.cache(lambda signature: call.Call(signature._replace(device=0)))
+        patched.setattr(call, "device_at", lambda index: emulator)
+        patched.setattr(arguments, "call_for", calls)
+        patched.setattr(arguments, "_prepared", {})
+        patched.setattr(arguments, "look", look)
+        for module in (layout, arrays):
+            patched.setattr(module, "aligned", lambda view: watched(view) % 16 == 0)
+        patched.setattr(functional, "address", watched)
+        patched.setattr(functional, "new", lambda view, size, dtype: emulator.empty(size, dtype))
         yield emulator
-    finally:
-        functional.phases_for, phases.address, phases.device_of = before
-        checks.likeness = likeness

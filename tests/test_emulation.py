@@ -14,9 +14,8 @@ from product import DTYPES, SAMPLERS, SHAPES
 from strategies import cases
 
 import sbncore as sbn
-from sbncore import functional, reference
-from sbncore.cuda import call, geometry
-from sbncore.saved import Kept
+from sbncore import reference
+from sbncore.cuda import call, geometry, record
 
 NAMES = {"float64": "double", "float32": "float", "float16": "float16", "bfloat16": "bfloat16"}
 def emulator(*dtypes, **options):
@@ -79,30 +78,24 @@ def test_the_gradient_behind_a_relu_is_written_without_a_residual(rng, sampler, 
     x, dy = rng.normal(size=(2, 33, 8, 7, 7))
     if last:
         x, dy = product.channels_last(x), product.channels_last(dy)
-    plan, kept = SAMPLERS[sampler].plan(x.shape), Kept(np.full((6, 8), np.nan), None)
+    plan = SAMPLERS[sampler].plan(x.shape)
     with emulation.emulated(emulator("float64")):
-        y, _ = functional.forward_in_place(
-            x, None, None, plan, None, 1e-5, 1, "relu", None, "exact", None, kept=kept
-        )
-        saved = functional.saved_in(kept, x, plan, None, None, True, "relu", "exact")
+        y, saved = sbn.forward(x, plan=plan, activation="relu")
+        saved.residual = True
         assert (sbn.backward(dy, saved, needs=["residual"]).residual == dy * (y > 0)).all()
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS.keys() - {"twice"}))
-def test_a_step_is_kept_in_the_callers_memory(rng, name):
-    """As an autograd does: backward finds the step that forward drew at, whatever became of the counter."""
+def test_the_step_is_in_the_state(rng, name):
+    """Backward finds the step that forward drew at, whatever became of the counter."""
     shape, step = (33, 8, 7, 7), np.array([5])
     x, dy = rng.normal(size=(2, *shape))
-    kept = Kept(np.full((6, 8), np.nan), None, np.full(1, -1))
     with emulation.emulated(emulator("float64", multiprocessors=1)):
         whole = sbn.backward(dy, sbn.forward(x, plan=SAMPLERS[name].plan(shape, step=5))[1])
-        drawn = SAMPLERS[name].plan(shape, step=step)
-        y = np.empty_like(x)
-        functional.forward_in_place(x, None, None, drawn, None, 1e-5, 1, None, None, "exact", y, kept=kept)
+        _, saved = sbn.forward(x, plan=SAMPLERS[name].plan(shape, step=step))
         step += 1
-        again = SAMPLERS[name].plan(shape, step=kept.step)
-        saved = functional.saved_in(kept, x, again, None, None, False, None, "exact")
-        assert (sbn.backward(dy, saved).x == whole.x).all() and kept.step == 5
+        assert (sbn.backward(dy, saved).x == whole.x).all()
+        assert saved.state.values[-1:].view(np.int64) == 5
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -350,6 +343,6 @@ def test_the_constants_are_those_of_the_kernels():
     source = emulation.device.source()
     for name, value in (
         ("THREADS", geometry.THREADS), ("UNROLL", geometry.UNROLL), ("CHANNELS", geometry.CHANNELS),
-        ("FINISHED", geometry.FINISHED), ("PARTS", call.PARTS), ("SORTED", call.SORTED),
+        ("FINISHED", geometry.FINISHED), ("PARTS", record.PARTS), ("SORTED", call.SORTED),
     ):  # fmt: skip
         assert f"{name} = {value}" in source

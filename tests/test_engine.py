@@ -12,8 +12,8 @@ from strategies import DTYPES, cases
 
 import sbncore as sbn
 from sbncore import reference
+from sbncore.arrays import narrow
 from sbncore.cpu import engine
-from sbncore.cpu.phases import narrow
 
 
 def check(case):

@@ -82,7 +82,7 @@ FORWARD = [
     (ValueError, "plan: expected one drawn for (N, *spatial) = (8, 4, 4), got one for (8, 16)",
      {"plan": sbn.Full().plan((8, 3, 16))}),
     (ValueError, "plan: expected weights of parts and prior that sum to 1, got 0",
-     {"plan": sbn.Plan((8, 4, 4), ())}),
+     {"plan": sbn.Plan(sbn.Recipe((8, 4, 4)))}),
     (ValueError, "prior: expected Statistics, since the plan gives a prior weight 0.5",
      {"plan": sbn.Prior(0.5).plan(X.shape)}),
     (ValueError, "prior: expected None, since the plan has no prior", {"prior": sbn.Statistics(ONE, ONE)}),
@@ -264,7 +264,7 @@ def test_a_plan_made_by_hand_cannot_reach_outside():
         ScatteredPlaces(**places, positions=129),
     ):
         with pytest.raises(ValueError, match="plan: expected parts within 8 samples of 16 positions, got "):
-            sbn.forward(X, plan=sbn.Plan((8, 4, 4), (part,)))
+            sbn.forward(X, plan=sbn.Plan(sbn.Recipe((8, 4, 4), (part,))))
 
 
 def test_numpy_integers_and_floats_are_numbers():

@@ -136,7 +136,7 @@ def faults(call):
     ]  # fmt: skip
     if call.path == "forward":
         plan = sbn.FeatureSampling(1 / 2).plan(x.shape, channel_axis=call.axis)
-        plans = sbn.Full(), sbn.Full().plan((4, 3, 7)), sbn.Plan(plan.shape, ())
+        plans = sbn.Full(), sbn.Full().plan((4, 3, 7)), sbn.Plan(sbn.Recipe(plan.shape))
         found += [{"plan": each} for each in plans]
         found += [{"plan": sbn.Prior(0.5).plan(x.shape, channel_axis=call.axis)}]
         found += [{"prior": sbn.Statistics(np.ones(3, wide), np.ones(3, wide))}, {"prior": 1}]

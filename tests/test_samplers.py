@@ -82,7 +82,8 @@ def test_a_part_of_ones_own_is_asked_for_its_places(rng):
 
     plan = sbn.BatchSampling(2).plan(SHAPE, step=3)
     part = plan.parts[0]
-    own = sbn.Plan(plan.shape, (Shifted(*(getattr(part, f) for f in part.__dataclass_fields__)),))
+    shifted = Shifted(*(getattr(part, f) for f in part.__dataclass_fields__))
+    own = sbn.Plan(sbn.Recipe(plan.shape, (shifted,)))
     x = rng.normal(size=SHAPE)
     p = own.weights()
     assert (p != plan.weights()).any()
@@ -276,7 +277,8 @@ def test_runs_are_few_even_and_drawn_alike_by_compiled_code(size):
         plan = sbn.FeatureSampling(amount, "runs").plan((5, 2, size), seed=size, fewest=1)
         (part,) = plan.parts
         assert part.fits(5, size) and -(-part.positions // part.length) <= 4
-        for a, b in zip(draws.runs_of(plan), plan.runs, strict=True):
+        compiled = draws.drawing(plan.recipe)(*plan.draw)
+        for a, b in zip(compiled, plan.runs, strict=True):
             np.testing.assert_array_equal(a, b)
         if part.length < part.positions <= size // 2:
             assert part.stride >= size // 4 // 16 * 16 - 16

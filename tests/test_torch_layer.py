@@ -19,7 +19,7 @@ from torch import nn  # noqa: E402
 import sbncore as sbn  # noqa: E402
 from sbncore import arrays, layout  # noqa: E402
 from sbncore.adapters import torch as sbn_torch  # noqa: E402
-from sbncore.adapters.torch import exchange  # noqa: E402
+from sbncore.adapters.torch import exchange, tensors  # noqa: E402
 
 PAIRS = {
     1: (nn.BatchNorm1d, sbn_torch.SampledBatchNorm1d),
@@ -347,7 +347,7 @@ def test_a_compilers_layout_is_the_engines():
         base.permute(3, 2, 1, 0), base[:, :, :1, :1].expand(4, 6, 2, 2),
     ]  # fmt: skip
     for view in views:
-        assert exchange.layout_of(view) == layout.layout_of(view.numpy(), 1), (view.shape, view.stride())
+        assert tensors.layout_of(view) == layout.layout_of(view.numpy(), 1), (view.shape, view.stride())
 
 
 def test_eps_must_be_positive_in_training():

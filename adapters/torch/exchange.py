@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from sbncore import arrays
-from sbncore.cpu import pages
-from sbncore.layout import Layout
 
-_HERE: AbstractContextManager[None] = nullcontext()
 _versioned: Any = getattr(torch._C, "_to_dlpack_versioned", None)
 _DENSE = (torch.float64, torch.float32, torch.float16)
 
@@ -69,63 +64,6 @@ def tensor_of(view: np.ndarray, like: Tensor) -> Tensor | None:
     return torch.from_numpy(view.view(np.float16) if view.dtype == np.int16 else view)
 
 
-def memory_of(tensor: Tensor) -> Any:
-    """Return NumPy's or CuPy's view of a tensor of any real dtype that needs no gradient."""
-    if tensor.is_cuda:
-        from sbncore.cuda.device import cupy
-
-        return cupy().from_dlpack(tensor)
-    return numpy_of(tensor)
-
-
-def format_of(x: Tensor) -> torch.memory_format:
-    """Return the memory format that torch's batch_norm gives y."""
-    return torch.contiguous_format if x.is_contiguous() else suggest_memory_format(x)
-
-
-def empty_like(x: Tensor) -> Tensor:
-    """Return new memory as x, by torch; on the CPU in large pages where it is large."""
-    new = torch.empty_like(x)
-    if new.is_cpu and new.nbytes >= pages.LARGE:
-        pages.advise(new.data_ptr(), new.nbytes)
-    return new
-
-
-def layout_of(x: Tensor) -> Layout:
-    """Return `sbncore.layout.layout_of` of a tensor (N, C, *spatial), real or a compiler's stand-in."""
-    shape, strides = tuple(x.shape), x.stride()
-    last, first = Layout(shape, 1, True), Layout(shape, 1, False)
-    if first.S <= 1:
-        return last
-    if x.is_contiguous():
-        return first
-    if x.movedim(1, -1).is_contiguous():
-        return last
-    spatial = [strides[axis] for axis in range(2, x.ndim) if shape[axis] > 1]
-    return last if strides[1] < min(spatial) else first
-
-
-def dense_layout(
-    shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype
-) -> Layout | None:
-    """Return the layout of tensors that are dense, and as whose y is to lie, or None of others."""
-    x = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
-    alike = (torch.preserve_format, format_of(x))
-    if x.numel() == 0 or any(torch.empty_like(x, memory_format=one).stride() != strides for one in alike):
-        return None
-    layout = layout_of(x)
-    return layout if (x.movedim(1, -1) if layout.last else x).is_contiguous() else None
-
-
-def engine_stream(x: Tensor) -> AbstractContextManager[Any]:
-    """Return a context in which a GPU's kernels go to torch's current stream there."""
-    if x.device.type != "cuda":
-        return _HERE
-    from sbncore.cuda.device import cupy
-
-    return _CurrentStream(cupy(), torch.cuda.current_stream(x.device), x.device.index)
-
-
 class Stream:
     """A stream's address as CuPy takes it; torch's own streams speak this protocol from 2.10 on."""
 
@@ -134,23 +72,6 @@ class Stream:
 
     def __cuda_stream__(self) -> tuple[int, int]:
         return 0, self._address
-
-
-class _CurrentStream:
-    """CuPy's device and stream are torch's, within."""
-
-    def __init__(self, xp: Any, stream: Any, device: int) -> None:
-        self._device = xp.cuda.Device(device)
-        self._make = lambda: xp.cuda.Stream.from_external(Stream(stream.cuda_stream))
-
-    def __enter__(self) -> None:
-        self._device.__enter__()
-        self._stream = self._make()
-        self._stream.__enter__()
-
-    def __exit__(self, *reason: Any) -> None:
-        self._stream.__exit__(*reason)
-        self._device.__exit__(*reason)
 
 
 for kind in (torch.Tensor, torch.nn.Parameter):

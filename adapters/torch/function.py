@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sbncore.adapters.torch import ops
+from sbncore.adapters.torch.engine import Sample, plan_of, step_in
 
 
 class Options(NamedTuple):
@@ -70,16 +71,16 @@ def differentiable(
     The formulas of `sbncore.backward`, in which mean and var are functions of x. A prior's own moments
     follow from the saved ones.
     """
-    draw = (options.sampler, options.seed, options.layer)
+    sample = Sample(options.sampler, options.seed, options.layer)
     kind = torch.float64 if x.dtype == torch.float64 else torch.float32
     axes, along = [0, *range(2, x.ndim)], (1, -1, *[1] * (x.ndim - 2))
     with torch.no_grad():
-        C, plan = x.shape[1], ops.saved_in(state, mask, x, None, None, draw, options.relu, "exact").plan
+        C, plan = x.shape[1], plan_of(x, sample, step_in(state))
         p = torch.from_numpy(plan.weights()).to(x.device, kind).unsqueeze(1)
         centre, var = (row.view(along) for row in state[: 2 * C].view(2, C).to(kind))
         needed = [False, False, False, True]
         gate = ops.backward(
-            torch.ones_like(x), x, None, None, state, mask, *draw, options.relu, "detached", needed
+            torch.ones_like(x), x, None, None, state, mask, *sample[:3], options.relu, "detached", needed
         )[3].to(kind) if options.relu else None  # fmt: skip
     total = lambda terms: terms.sum(axes, keepdim=True)  # noqa: E731
     offset = x.to(kind) - centre

@@ -7,92 +7,25 @@ anew what forward drew.
 
 from __future__ import annotations
 
-import math
-from functools import cache, lru_cache
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import sbncore as sbn
-from sbncore import functional
-from sbncore.adapters.torch.exchange import empty_like, engine_stream, format_of, layout_of, memory_of
-from sbncore.adapters.torch.names import named
-from sbncore.arrays import borrow
-from sbncore.checks import Running
-from sbncore.saved import ROWS, Kept, Saved
+from sbncore.adapters.torch import engine
+from sbncore.adapters.torch.engine import Sample, plan_of
+from sbncore.adapters.torch.tensors import format_of, layout_of
+from sbncore.signature import ROWS, Scalars
+from sbncore.statistics import unbiased
 
 PLAIN = (Tensor, torch.nn.Parameter)
 
 _library = torch.library.Library("sbncore", "DEF")
-Draw = tuple[str, int, int]  # the sampler's name, seed, layer
 
 
 def word(number: int) -> int:
     """Return an integer modulo 2**64 as the signed one of an operator's schema."""
     return (number + 2**63) % 2**64 - 2**63
-
-
-class _TorchsErrors:
-    """A dtype or a device that does not fit is torch's RuntimeError."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, complaint: Any, trace: Any) -> None:
-        if kind is TypeError:
-            raise RuntimeError(str(complaint)) from None
-
-
-torchs_errors = _TorchsErrors()
-
-
-def plan_of(x: Tensor, draw: Draw, step: Any, fewest: int = 2) -> sbn.Plan:
-    """Return the plan of a call; a step in a GPU's memory stays there, where the sampler allows it."""
-    if x.is_cuda:
-        sampler, seed, layer = draw
-        plan = named(sampler).plan(x.shape, seed=seed, layer=layer, step=step, fewest=fewest)
-        if plan.apart:
-            return plan
-    return _drawn(tuple(x.shape), *draw, int(step.item()), fewest)  # an array of one, or its element
-
-
-@lru_cache(maxsize=512)  # backward finds what forward drew
-def _drawn(
-    shape: tuple[int, ...], sampler: str, seed: int, layer: int, step: int, fewest: int
-) -> sbn.Plan:
-    return named(sampler).plan(shape, seed=seed, layer=layer, step=step, fewest=fewest)
-
-
-def saved_in(
-    state: Tensor, mask: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None,
-    draw: Draw, relu: bool, gradient: str, fewest: int = 2,
-) -> Saved:  # fmt: skip
-    """Return what the operator forward left, as `sbncore.backward` takes it.
-
-    It always has a residual: its gradient is g, whatever there was.
-    """
-    x, kept = plain(x), kept_in(state, mask, x.shape[1])
-    plan = plan_of(x, draw, kept.step if x.is_cuda else kept.step[0], fewest)
-    activation = "relu" if relu else None
-    return functional.saved_in(kept, x, plan, weight, bias, True, activation, gradient)
-
-
-def plain(x: Tensor) -> Tensor:
-    """Return a tensor whose memory is its values, a copy if need be.
-
-    It is no negative view, whose bit the dispatcher would have seen, and on a GPU it begins at an address of
-    16 bytes, which a mask's size supposes.
-    """
-    x = x.resolve_neg()
-    return x.clone() if x.is_cuda and x.data_ptr() % 16 else x
-
-
-def kept_in(state: Tensor, mask: Tensor, C: int) -> Kept:
-    """Return the engine's views of the tensors that backward needs."""
-    values, masked = memory_of(state), None if mask.numel() == 0 else memory_of(mask)
-    return Kept(values[:-1].reshape(ROWS, C), masked, values[-1:].view("int64"))
 
 
 _library.define(
@@ -106,21 +39,12 @@ _library.define(
 def outputs(
     x: Tensor, residual: Tensor | None, relu: bool, running: tuple[Tensor | None, Tensor | None]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return forward's results, to be written; the moved running statistics are still as they were."""
+    """Return tensors of the shapes and strides of forward's results, for a compiler."""
+    y = torch.empty_like(x, memory_format=format_of(x))
     state = x.new_empty(ROWS * x.shape[1] + 1, dtype=torch.float64)
-    mask = x.new_zeros(_mask_size(x) if relu and residual is not None else 0, dtype=torch.uint8)
-    mean, var = (x.new_empty(0) if r is None else r.clone() for r in running)
-    return torch.empty_like(x, memory_format=format_of(x)), state, mask, mean, var
-
-
-@cache
-def _quick(kind: str) -> ModuleType:
-    """Return the module of a kind of device's calls from addresses."""
-    if kind == "cuda":
-        from sbncore.adapters.torch import gpu as quick
-    else:
-        from sbncore.adapters.torch import quick  # type: ignore[no-redef]
-    return quick
+    mask = x.new_empty(_mask_size(y) if relu and residual is not None else 0, dtype=torch.uint8)
+    mean, var = (x.new_empty(0) if r is None else torch.empty_like(r) for r in running)
+    return y, state, mask, mean, var
 
 
 def _forward(
@@ -128,37 +52,21 @@ def _forward(
     running_mean: Tensor | None, running_var: Tensor | None, step: Tensor, sampler: str, seed: int,
     layer: int, momentum: float, eps: float, relu: bool, skip_nonfinite: bool, *, in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    quick = _quick(x.device.type)
-    shape = quick.shape_of(x)
-    call = quick.call_for(shape, sampler, relu and residual is not None)
-    fits = all(quick.fits(one, shape) for one in (x, residual) if one is not None) and 0 < eps < math.inf
-    vectors = call and fits and call.vectors(weight, bias, running_mean, running_var)
-    if vectors and (call.plan.prior == 0 or running_mean is not None):
-        draw = seed, layer, step if x.is_cuda else int(step)  # a GPU's is read there
-        return call.forward(
-            x, vectors, residual, running_mean, running_var, draw, momentum, eps, relu, skip_nonfinite,
-            in_place,
-        )  # fmt: skip
-    x, weight, bias, residual, running_mean, running_var = (
-        None if one is None else plain(one) for one in (x, weight, bias, residual, running_mean, running_var)
-    )
-    y, state, mask, mean, var = results = outputs(x, residual, relu, (running_mean, running_var))
-    with engine_stream(x), torchs_errors:
-        plan = plan_of(x, (sampler, seed, layer), step)
-        kept = kept_in(state, mask, x.shape[1])
-        if plan.step is None:
-            kept.step[0] = int(step)
-        running = prior = None
-        if running_mean is not None:
-            moved = borrow(mean, "running_mean"), borrow(var, "running_var")
-            running = Running(*moved, momentum, skip_nonfinite)
-            if plan.prior > 0:
-                prior = sbn.Statistics(running_mean, running_var)
-        functional.forward_in_place(
-            x, weight, bias, plan, prior, eps, 1, "relu" if relu else None, residual, "exact", y, running,
-            kept,
-        )  # fmt: skip
-    return results
+    plan = plan_of(x, Sample(sampler, seed, layer), step)
+    engine.check(x, weight, bias, residual, running_mean, running_var, plan.recipe, eps, relu)
+    if running_mean is None or running_var is None:
+        mean = var = None
+    elif in_place:
+        mean, var = running_mean, running_var
+        torch.autograd.graph.increment_version((mean, var))
+    else:
+        mean, var = running_mean.clone(), running_var.clone()
+    prior = (running_mean, running_var) if plan.prior > 0 else (None, None)
+    scalars = Scalars(eps, momentum, unbiased(plan.effective_count), skip_nonfinite)
+    y, state, mask = engine.forward(x, (weight, bias, mean, var, *prior), residual, plan, scalars, relu)
+    if mean is None or var is None:
+        mean, var = x.new_empty(0), x.new_empty(0)
+    return y, state, mask, mean, var
 
 
 def _fake_forward(
@@ -174,32 +82,19 @@ _library.define(
     " int seed, int layer, bool relu, str gradient, bool[] needs)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)"
 )
-GRADIENTS = ("x", "weight", "bias", "residual")
 
 
 def _backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, state: Tensor, mask: Tensor,
     sampler: str, seed: int, layer: int, relu: bool, gradient: str, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    quick = _quick(x.device.type)
-    shape = quick.shape_of(x)
-    call = quick.call_for(shape, sampler, mask.numel() > 0)
-    suits = call and all(p is None or p.dtype is call.parameter for p in (weight, bias))
-    if suits and quick.fits(x, shape) and quick.fits(dy, shape):
-        return call.backward(dy, x, weight, bias, state, mask, seed, layer, relu, gradient, needs)
-    dy, weight, bias = (None if one is None else one.resolve_neg() for one in (dy, weight, bias))
-    wanted = [name for name, needed in zip(GRADIENTS, needs, strict=True) if needed]
-    with engine_stream(x):
-        draw = sampler, seed, layer
-        saved = saved_in(state, mask, x, weight, bias, draw, relu, gradient)
-        dx = empty_like(x) if needs[0] else None
-        grads = sbn.backward(dy, saved, needs=wanted, out=dx)
-    dresidual = grads.residual
-    if dresidual is dy:  # an operator's result is memory of its own
-        dresidual = dy.clone()
-    vectors = (None if one is None else one.clone() for one in (grads.weight, grads.bias))  # torch's memory
-    results = (dx, *vectors, dresidual)
-    return tuple(x.new_empty(0) if one is None else one for one in results)  # type: ignore[return-value]
+    plan = plan_of(x, Sample(sampler, seed, layer), engine.step_in(state))
+    results = engine.backward(dy, x, (state, mask), plan, gradient, relu, needs)
+    likes = (x, weight, bias, x)
+    return tuple(  # type: ignore[return-value]
+        x.new_empty(0) if one is None else one if like is None else one.to(like.dtype)
+        for one, like in zip(results, likes, strict=True)
+    )
 
 
 def _fake_backward(
@@ -214,13 +109,14 @@ def _fake_backward(
 
 
 def _mask_size(x: Tensor) -> int:
+    layout = layout_of(x)
     if x.is_cuda:
-        from sbncore.cuda import phases
+        from sbncore.cuda.call import mask_bytes
 
-        return phases.mask_size(layout_of(x), x.itemsize)
-    from sbncore.cpu import engine
+        return mask_bytes(*layout.sizes, layout.last, x.itemsize)
+    from sbncore.cpu.engine import mask_size
 
-    return engine.mask_size(layout_of(x))
+    return mask_size(layout)
 
 
 for name, real, fake in (("forward", _forward, _fake_forward), ("backward", _backward, _fake_backward)):

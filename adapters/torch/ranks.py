@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-import sbncore as sbn
-from sbncore import functional
-from sbncore.adapters.torch import ops
-from sbncore.adapters.torch.exchange import empty_like, engine_stream
+from sbncore import Statistics
+from sbncore.adapters.torch import engine, ops
+from sbncore.adapters.torch.engine import Sample
 from sbncore.adapters.torch.function import Options
-from sbncore.plans import Plan
+from sbncore.plans import Plan, Recipe
+from sbncore.signature import Scalars
 
 RANK = 2**32  # how far apart the ranks' layer numbers are
 
@@ -46,30 +46,23 @@ class BatchNormOverRanks(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
         running_mean: Tensor | None, running_var: Tensor | None, step: Tensor, options: Options, group: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        x, weight, bias, residual, running_mean, running_var = (
-            None if one is None else ops.plain(one)
-            for one in (x, weight, bias, residual, running_mean, running_var)
+        layer = ops.word(options.layer + RANK * dist.get_rank(group))
+        sample = Sample(options.sampler, options.seed, layer, fewest=1)
+        plan = engine.plan_of(x, sample, step)
+        engine.check(
+            x, weight, bias, residual, running_mean, running_var, plan.recipe, options.eps, options.relu
         )
-        draw = (options.sampler, options.seed, ops.word(options.layer + RANK * dist.get_rank(group)))
-        y, state, mask, _, _ = ops.outputs(x, residual, options.relu, (None, None))
-        activation = "relu" if options.relu else None
-        with engine_stream(x), ops.torchs_errors:
-            plan = ops.plan_of(x, draw, step, fewest=1)
-            kept = ops.kept_in(state, mask, x.shape[1])
-            if plan.step is None:
-                kept.step[0] = int(step)
-            prior = None
-            if plan.prior > 0 and running_mean is not None:
-                prior = sbn.Statistics(running_mean, running_var)
-            local = functional.moments(x, plan, prior=prior, dtype="float64")
-            mean, var, count, share = _merged(local, x, group)
-            given = Plan(plan.shape, (), 1.0)
-            functional.forward_in_place(
-                x, weight, bias, given, sbn.Statistics(mean, var), options.eps, 1, activation, residual,
-                "exact", y, kept=kept,
-            )  # fmt: skip
+        prior = (running_mean, running_var) if plan.prior > 0 else (None, None)
+        _, local, _ = engine.forward(
+            x, (None, None, None, None, *prior), None, plan, Scalars(1.0), False, writes=False
+        )
+        mean, var, count, share = _merged(local, _count(plan, x), x, group)
+        given = Plan(Recipe(plan.shape, (), 1.0), plan.draw)
+        y, state, mask = engine.forward(
+            x, (weight, bias, None, None, mean, var), residual, given, Scalars(options.eps), options.relu
+        )
         ctx.save_for_backward(x, weight, bias, state, mask, share)
-        ctx.draw, ctx.options, ctx.group = draw, options, group
+        ctx.sample, ctx.options, ctx.group = sample, options, group
         unbiased = var * torch.where(count > 1, 1 / (1 - 1 / count), 1.0)
         keep = count == 0  # an empty batch moves nothing
         if options.skip_nonfinite:
@@ -89,42 +82,45 @@ class BatchNormOverRanks(torch.autograd.Function):
             return nothing
         if torch.is_grad_enabled():
             raise RuntimeError("batch normalization over ranks cannot be differentiated twice")
-        x, weight, bias, state, mask, share = ctx.saved_tensors
-        dy = dy.resolve_neg()
+        x, weight, bias, values, mask, share = ctx.saved_tensors
         options, needs = ctx.options, ctx.needs_input_grad[:4]
-        kind = torch.float64 if x.dtype == torch.float64 else torch.float32
-        ones = x.new_ones(x.shape[1], dtype=kind)  # where there is no parameter, its sum is wanted still
-        weight, bias = (ones if each is None else each for each in (weight, bias))
-        with engine_stream(x):
-            saved = ops.saved_in(state, mask, x, weight, bias, ctx.draw, options.relu, "exact", fewest=1)
-            through = needs[0] and options.gradient != "detached"
-            dx = empty_like(x) if needs[0] else None
-            first = {"x": dx is not None and not (through and saved.plan.full), "residual": needs[3]}
-            from_sample = options.gradient == "sampled" and not saved.plan.full
-            first |= dict.fromkeys(("weight", "bias"), not from_sample)
-            grads = sbn.backward(
-                dy, saved, needs=[name for name, wanted in first.items() if wanted], gradient="detached",
-                out=dx if first["x"] else None,
-            )  # fmt: skip
-            sums = grads
-            if from_sample:
-                sums = sbn.backward(dy, saved, needs=("weight", "bias"), gradient="sampled")
-            if through:
-                total = torch.cat([sums.weight, sums.bias]).to(torch.float64)
-                dist.all_reduce(total, group=ctx.group)
-                dweight, dbias = (total * share).to(kind).chunk(2)
-                sbn.repair(dx, dy, saved, dweight, dbias)
-        gradients = (dx, sums.weight, sums.bias, grads.residual)
-        return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *nothing[4:]
+        state, relu = (values, mask), options.relu
+        plan = engine.plan_of(x, ctx.sample, engine.step_in(values))
+        through = needs[0] and options.gradient != "detached"
+        from_sample = options.gradient == "sampled" and not plan.full
+        sums_wanted = through or needs[1] or needs[2]
+        # where everything is drawn, the repair writes all of dx
+        wanted = [needs[0], *[sums_wanted and not from_sample] * 2, needs[3]]
+        dx, dweight, dbias, dresidual = engine.backward(dy, x, state, plan, "detached", relu, wanted)
+        if from_sample:
+            dweight, dbias = engine.backward(
+                dy, x, state, plan, "sampled", relu, [False, True, True, False]
+            )[1:3]
+        if through:
+            total = torch.cat([dweight, dbias]).to(torch.float64)
+            dist.all_reduce(total, group=ctx.group)
+            engine.repair(dx, dy, x, state, plan, relu, (total * share).chunk(2))
+        likes = (x, weight, bias, x)
+        gradients = [
+            one.to(like.dtype) if needed and one is not None and like is not None else None
+            for one, like, needed in zip((dx, dweight, dbias, dresidual), likes, needs, strict=True)
+        ]
+        return *gradients, *nothing[4:]
 
 
 over_ranks = torch.compiler.disable(BatchNormOverRanks.apply)  # Dynamo cannot trace a group's collectives
 
 
-def _merged(local: sbn.Statistics, x: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _count(plan: Plan, x: Tensor) -> float:
+    """Return the count of a rank's statistics, as `sbncore.plans.Plan.count_beside` running ones."""
+    return plan.count_beside(Statistics(None, None) if plan.prior > 0 else None, x.numel())
+
+
+def _merged(
+    state: Tensor, count: float, x: Tensor, group: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return mean, var and count of all ranks' values, and this rank's share of them."""
-    count = torch.tensor([local.count], dtype=torch.float64, device=x.device)
-    mine = torch.cat([local.mean, local.var, count])
+    mine = torch.cat([state[: 2 * x.shape[1]], state.new_tensor([count])])
     everyones = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(everyones, mine, group=group)
     table = torch.stack(everyones)

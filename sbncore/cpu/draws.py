@@ -8,24 +8,25 @@ from ctypes import addressof
 import numpy as np
 
 from sbncore.cpu.kernels import compiled
-from sbncore.cpu.record import Draw, addresses
-from sbncore.plans import MapPlaces, Plan, Runs, WholeSamples
+from sbncore.cpu.record import Draw as Argument
+from sbncore.cpu.record import addresses
+from sbncore.plans import Draw, MapPlaces, Plan, Recipe, Runs, WholeSamples
 
 FEW = 4  # runs of a map, that are drawn here
 LARGEST = 2**63 - 1  # of an int64
 
 
-def takes(plan: Plan) -> bool:
-    """Whether the places of such plans, drawn at a fixed step, are found here."""
-    if len(plan.parts) != 1:
+def takes(recipe: Recipe) -> bool:
+    """Whether the runs of a recipe are found here."""
+    if len(recipe.parts) != 1:
         return False
-    part = plan.parts[0]
+    part = recipe.parts[0]
     if type(part) is WholeSamples:
         return part.stride > 0
     return type(part) is MapPlaces and part.positions <= FEW * part.length
 
 
-def drawing(recipe: Plan) -> Callable[[int, int, int], Runs]:
+def drawing(recipe: Recipe) -> Callable[[int, int, int], Runs]:
     """Return what finds the runs of a recipe that is taken here, of (seed, layer, step), signed words."""
     part = recipe.parts[0]
     fixed = {
@@ -34,7 +35,7 @@ def drawing(recipe: Plan) -> Callable[[int, int, int], Runs]:
     }  # fmt: skip
     if isinstance(part, WholeSamples):
         if recipe.full:
-            everything = recipe.runs
+            everything = Plan(recipe).runs
             return lambda *_: everything
         name, most = "whole_samples", part.samples
         fixed |= {"samples": part.samples, "stride": part.stride}
@@ -46,14 +47,14 @@ def drawing(recipe: Plan) -> Callable[[int, int, int], Runs]:
             "positions": part.positions, "run": length, "stride": part.stride, "align": part.align,
             "common": part.common,
         }  # fmt: skip
-    template, share = bytes(Draw(**fixed)), np.empty(most)  # all draws write the same weights
+    template, share = bytes(Argument(**fixed)), np.empty(most)  # all draws write the same weights
     row = 8 * most
 
     def draw(seed: int, layer: int, step: int) -> Runs:
         places = compiled(name)
         if places is None:  # by a process's first kernel
-            return recipe.drawn(seed, layer, step).runs
-        record, room = Draw.from_buffer_copy(template), np.empty((2, most), np.int64)
+            return Plan(recipe, Draw(seed, layer, step)).runs
+        record, room = Argument.from_buffer_copy(template), np.empty((2, most), np.int64)
         record.seed, record.layer, record.step = seed, layer, step
         record.begin, record.share = begin, _ = addresses(room, share)
         record.length = begin + row
@@ -64,16 +65,6 @@ def drawing(recipe: Plan) -> Callable[[int, int, int], Runs]:
     return draw
 
 
-def runs_of(plan: Plan) -> Runs:
-    """Return `Plan.runs`."""
-    words = plan.words
-    if words is None or min(words) < -LARGEST - 1 or max(words) > LARGEST:
-        return plan.runs
-    draw = plan.known.get(drawing)
-    if draw is None:
-        draw = plan.known[drawing] = drawing(plan.recipe) if takes(plan.recipe) else _nothing
-    return draw(*words) or plan.runs
-
-
-def _nothing(*words: int) -> None:
-    return None
+def fits(draw: Draw) -> bool:
+    """Whether a draw's words are int64s."""
+    return min(draw) >= -LARGEST - 1 and max(draw) <= LARGEST

@@ -1,30 +1,16 @@
-"""The CPU engine: how a call over flat memory is cut into tasks, and which kernel does them."""
+"""How a call over an array of one layout is divided into tasks, by the array's shape alone."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import os
-from ctypes import addressof
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
-
-from sbncore.cpu import kernels, threads
-from sbncore.cpu.record import (
-    BLOCK,
-    EVERYTHING,
-    GIVEN,
-    LANES,
-    SAMPLE,
-    SPOTS,
-    Record,
-    addresses,
-)
+from sbncore.cpu import threads
+from sbncore.cpu.record import BLOCK, LANES, SPOTS, Record
 from sbncore.layout import Layout
-from sbncore.plans import Runs
 
 SEGMENT, SHORT_SEGMENT = 65536, 2048  # elements of a sample that a task goes over at once, channels-first
 SPREAD = 512  # elements of a channel worth summing up
@@ -39,8 +25,6 @@ PARALLEL = 1 << 20  # minimum number of elements for multi-threading: to start t
 AWAKE = 8  # times fewer are worth threads that are awake, OpenMP's
 SUPPOSED = 32 << 20  # bytes of a last cache at least
 LINE = 64  # bytes
-CLAIMS = Record.claims.offset
-NOWHERE = Runs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
 
 
 def _worth_streaming() -> int:
@@ -66,33 +50,8 @@ STREAM = _worth_streaming()
 KEPT = 3  # times larger is an output that is streamed: a forward has fewer arrays in the cache with it
 
 
-class Channels(NamedTuple):
-    """What forward takes for each channel, arrays (C,), of no elements where absent."""
-
-    weight: np.ndarray
-    bias: np.ndarray
-    prior_mean: np.ndarray
-    prior_var: np.ndarray
-    prior: float
-    eps: float
-    running_mean: np.ndarray
-    running_var: np.ndarray
-    factor: float  # of the new statistics in the running ones
-    unbiased: float  # the variance's factor there
-    skip_nonfinite: bool
-
-
-class Call(NamedTuple):
-    """A kernel, the record that its calls begin with, and bytes of ``partial`` and of a thread's memory."""
-
-    kernel: kernels.Function
-    template: bytes
-    partial: int
-    scratch: int
-
-
 class Engine:
-    """The kernels over arrays of a layout, whose memory is cut into tasks by the shape alone."""
+    """The division of arrays of a layout into tasks, in the record that calls begin with."""
 
     memory: str  # in the kernels' names
     whole = True  # whether vectors are parts of lines
@@ -110,131 +69,12 @@ class Engine:
         self.scratch = 0
         for name, size in scratch.items():
             setattr(record, name, self.scratch)
-            self.scratch += _multiple(size, LINE)
-        self.template, self.call = bytes(record), lru_cache(maxsize=256)(self._call)
+            self.scratch += multiple(size, LINE)
+        self.template = bytes(record)
 
     def groups(self, everything: bool, drawn: int) -> int:
         """Return of how many tasks sums are kept apart, over everything or over so many runs."""
         raise NotImplementedError
-
-    def forward(
-        self,
-        y: np.ndarray | None,
-        x: np.ndarray,
-        residual: np.ndarray | None,
-        values: np.ndarray,
-        mask: np.ndarray | None,
-        channels: Channels,
-        relu: bool,
-        runs: Runs,
-        full: bool,
-        weigh: float,
-    ) -> None:
-        """Write y, values and the mask, of memory flat.
-
-        The runs' weights sum to 1 / ``weigh``, and where they are everything they are ``full``; without runs
-        the statistics are the prior's. Without a y the statistics are all.
-        """
-        if self.sizes[1] == 0:
-            return
-        drawn, writes = len(runs.begin), y is not None
-        full = full and drawn > 0
-        stream = y is not None and self.whole and y.nbytes >= KEPT * STREAM
-        call = self.call(
-            "forward", x.dtype.char, relu, residual is not None, mask is not None, full and self.cached,
-            drawn, full, weigh, writes, stream, False, EVERYTHING,
-        )  # fmt: skip
-        record = Record.from_buffer_copy(call.template)
-        (
-            weight, bias, prior_mean, prior_var, record.prior, record.eps, running_mean, running_var,
-            record.factor, record.unbiased, record.skip_nonfinite,
-        ) = channels  # fmt: skip
-        if record.prior:
-            prior_mean, prior_var = (p.astype(np.float64, copy=False) for p in (prior_mean, prior_var))
-            record.prior_mean, record.prior_var = addresses(prior_mean, prior_var)
-        record.x, record.y, record.residual, record.values, record.weight, record.bias = addresses(
-            x, y, residual, values, weight if weight.size else None, bias if bias.size else None
-        )
-        if running_mean.size:
-            record.running_mean, record.running_var = addresses(running_mean, running_var)
-        self._run(call, record, runs, mask)
-
-    def backward(
-        self,
-        dx: np.ndarray | None,
-        dresidual: np.ndarray | None,
-        dy: np.ndarray,
-        x: np.ndarray,
-        mask: np.ndarray | None,
-        values: np.ndarray,
-        total: np.ndarray,
-        dweight: np.ndarray,
-        dbias: np.ndarray,
-        relu: bool,
-        runs: Runs,
-        full: bool,
-        scale: float,
-    ) -> None:
-        """Write dx, dresidual, dweight and dbias.
-
-        Args:
-            total: (2, C) float64, where the two sums go, dbias and dweight.
-            runs: the places drawn, ``full`` where they are all; none where no gradient flows through the
-                statistics.
-            scale: 0 for sums over everything; above it, for sums over the runs times it; below, the sums are
-                given in total, and dx, written without them, is made right.
-        """
-        drawn, repairs, residual = len(runs.begin), dx is not None, dresidual is not None
-        if dx is None and dresidual is not None:
-            dx = np.empty_like(x)  # a kernel writes both or neither
-        call = self.call(
-            "backward", x.dtype.char, relu, residual, mask is not None, scale <= 0, drawn, full and drawn > 0,
-            scale, dx is not None, self.whole and x.nbytes >= STREAM, repairs and drawn > 0,
-            EVERYTHING if scale == 0 else SAMPLE if scale > 0 else GIVEN,
-        )  # fmt: skip
-        record = Record.from_buffer_copy(call.template)
-        record.dx, record.dresidual, record.dy, record.x, record.values, record.total = addresses(
-            dx, dresidual, dy, x, values, total
-        )
-        record.dweight, record.dbias = addresses(
-            dweight if dweight.size else None, dbias if dbias.size else None
-        )
-        self._run(call, record, runs, mask)
-
-    def _call(
-        self, direction: str, letter: str, relu: bool, residual: bool, mask: bool, everything: bool,
-        drawn: int, full: bool, times: float, writes: bool, stream: bool, repairs: bool, sums_over: int,
-    ) -> Call:  # fmt: skip
-        """Return what calls alike but for their memory have in common."""
-        trains = direction == "forward" and drawn > 0
-        kernel = kernels.kernel(self.memory, direction, letter, relu, residual, mask, trains)
-        record, scratch = Record.from_buffer_copy(self.template), self.scratch
-        record.full, record.times, record.writes, record.stream = full, times, writes, stream
-        record.repairs, record.sums_over = repairs, sums_over
-        record.runs, record.groups = drawn, self.groups(everything, drawn)
-        if self.piece:
-            record.capacity = drawn + self.elements // self.piece
-            scratch += _multiple(24 * record.capacity, LINE)
-        record.scratch_size = scratch
-        return Call(kernel, bytes(record), _multiple(16 * record.groups * self.sizes[1], LINE), scratch)
-
-    def _run(self, call: Call, record: Record, runs: Runs, mask: np.ndarray | None) -> None:
-        """Give the record its runs, mask and scratch memory, and run its kernel on it."""
-        kernel, _, partial, scratch = call
-        count = threads.count(self.tasks) if self._parallel() else 1
-        room, here = np.empty(LINE + partial + count * scratch, np.uint8), addressof(record)
-        record.begin, record.length, record.share, first = addresses(*runs, room)
-        record.partial = first = (first + LINE - 1) & -LINE  # no vector across two lines
-        record.counters, record.scratch = here + CLAIMS, first + partial
-        if mask is not None:
-            (record.mask,), record.mask_size = addresses(mask), mask.size
-        threads.run(kernel, here, count)
-
-    def _parallel(self) -> bool:
-        """Whether a call is worth more than one thread."""
-        worth = self.elements
-        return worth >= PARALLEL or (worth >= PARALLEL // AWAKE and threads.openmp() > 0)
-
 
 class First(Engine):
     """Channels-first.
@@ -252,7 +92,7 @@ class First(Engine):
         wanted = max(1, min(TASKS // 4, C, self.elements // TASK))
         segment, even = -(-self.segment // max(1, S)), LANES // math.gcd(S, LANES)
         block, sweep = (
-            max(1, min(C, _multiple(size, even))) for size in (min(segment, -(-C // wanted)), min(segment, C))
+            max(1, min(C, multiple(size, even))) for size in (min(segment, -(-C // wanted)), min(segment, C))
         )
         spread = max(1, -(-SPREAD // max(1, S)), SEGMENT // (sweep * max(1, S)))
         self.swept = -(-N // spread)
@@ -292,9 +132,9 @@ class Last(Engine):
         super().__init__(layout)
         N, C, S = self.sizes
         places, width = N * S, max(1, C)
-        tile = max(1, _multiple(max(1, TILE // width), LANES // math.gcd(C, LANES)))
-        piece = _multiple(max(PLACES, RUN // width), tile)
-        span = _multiple(max(-(-places // TASKS), -(-TASK // width)), tile)
+        tile = max(1, multiple(max(1, TILE // width), LANES // math.gcd(C, LANES)))
+        piece = multiple(max(PLACES, RUN // width), tile)
+        span = multiple(max(-(-places // TASKS), -(-TASK // width)), tile)
         self.tasks, self.piece = -(-places // span), piece * width
         cuts = {"tile": tile, "piece": piece, "span": span}
         self.prepare(
@@ -313,8 +153,14 @@ def of(layout: Layout) -> Engine:
     return ShortFirst(layout) if layout.S < LANES else First(layout)
 
 
-def _multiple(value: int, of: int) -> int:
+def multiple(value: int, of: int) -> int:
+    """Return the least multiple that is not below a value."""
     return -(-value // of) * of
+
+
+def parallel(elements: int) -> bool:
+    """Whether a call over so many elements is worth more than one thread."""
+    return elements >= PARALLEL or (elements >= PARALLEL // AWAKE and threads.openmp() > 0)
 
 
 def mask_size(layout: Layout) -> int:

@@ -20,7 +20,7 @@ from sbncore.cpu import ahead
 from sbncore.cpu.names import DRAWS, DTYPES, Kernel
 
 # files that the objects do not depend on; a new one left out here costs a compilation, no more
-HOST = "__init__", "ahead", "calls", "draws", "engine", "kernels", "names", "pages", "phases", "threads"
+HOST = "__init__", "ahead", "call", "draws", "engine", "kernels", "names", "pages", "threads"
 # levels of x86-64 that a wheel has objects for, the best first, and what LLVM says of a CPU that has them
 V3 = "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe"
 LEVELS = {"x86-64-v4": (*V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"), "x86-64-v3": V3}

@@ -1,188 +1,210 @@
-"""A GPU's Call: what shape, type and recipe of a plan decide for a forward and its backward.
+"""Calls on a GPU: the launches of each direction, and the record that all of their kernels read.
 
-Every kernel of a call takes one record, the struct Call in places.cu, of which a run fills in pointers,
-numbers and the keys of the draw.
+Nothing here waits for the device. The exact gradient is one pass over dy and x and a correction of dx at the
+sampled elements (`repair_places`); where everything is sampled, a second pass (`repair`) writes dx.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
-from sbncore.cuda import geometry
-from sbncore.cuda.geometry import Pieces, Places, Runs, Sizes, Sweep
-from sbncore.plans import Part, ScatteredPlaces, WholeSamples
+from sbncore.arrays import PARAMETER, STORAGE
+from sbncore.cuda import geometry, record
+from sbncore.cuda.device import device_at
+from sbncore.cuda.driver import Launch
+from sbncore.cuda.geometry import Places, Sizes, Sweep
+from sbncore.cuda.record import PARTS, Between, Keys, Numbers
+from sbncore.hashing import layer_key, stream_key
+from sbncore.plans import Draw, Part, Plan, Recipe, ScatteredPlaces, WholeSamples
+from sbncore.signature import ROWS, Pointers, Scalars, Signature
 
-PARTS = 8  # of a plan, at most
+TYPES = {"float64": "double", "float32": "float", "float16": "float16", "bfloat16": "bfloat16"}
+MASK_WORD = {8: 4, 4: 2, 2: 1, 1: 1}  # bytes for UNROLL rows of a column of so many elements
+MOST_POSITIONS = 2**30  # of a map: kernels count them in 32 bits
 SORTED = 4096  # up to this size, distinct values are drawn by a kernel of its own
 DRAWING = 128  # threads of a block of that kernel
-OWN = {name: 1 << bit for bit, name in enumerate(
-    ("weight", "bias", "prior_mean", "prior_var", "running_mean", "running_var"))}  # fmt: skip
-
-
-class Pointers(NamedTuple):
-    """Addresses, 0 of what is absent; fields as in places.cu's Call."""
-
-    y: int = 0
-    dx: int = 0
-    dresidual: int = 0
-    mask: int = 0
-    dweight: int = 0
-    dbias: int = 0
-    running_mean: int = 0
-    running_var: int = 0
-    state: int = 0
-    step_kept: int = 0
-    partial: int = 0
-    shift: int = 0
-    slopes: int = 0
-    x: int = 0
-    dy: int = 0
-    residual: int = 0
-    weight: int = 0
-    bias: int = 0
-    prior_mean: int = 0
-    prior_var: int = 0
-    step: int = 0
-
-
-class Numbers(NamedTuple):
-    """What a run sets beside pointers; fields as in places.cu's Call."""
-
-    prior: float = 0.0
-    eps: float = 0.0
-    momentum: float = 0.0
-    unbiased: float = 0.0
-    total_scale: float = 0.0
-    skip_nonfinite: bool = False
-    elements: int = 0
-    from_places: bool = False
-    from_blocks: int = 0
-    onto: bool = False
-    writes: bool = True
-
-
-class Launch(NamedTuple):
-    """A kernel, as its template's instance, and its grid."""
-
-    kernel: str
-    grid: tuple[int, int]
-    threads: int
-
-
-Keys = Sequence[tuple[int, int]]  # of each part: its key, or what comes before the step, and its stream
-NO_TABLES: Mapping[int, int] = {}
-_HEAD = struct.Struct("<21Q5d6q")
-_GEOMETRY = struct.Struct("<13qq")  # and the number of parts
-_KEY = struct.Struct("<QQ")
-_PART = struct.Struct("<QQd15qQ")
-_ONTO, _PARTS = _HEAD.size - 16, _HEAD.size + _GEOMETRY.size - 8  # where these fields begin
-_FIRST_PART = _HEAD.size + _GEOMETRY.size
-SIZE = _FIRST_PART + PARTS * _PART.size
 
 
 class Call:
-    """The kernels' launches and record, for arrays of one layout and plans that differ in keys alone."""
+    """Forward and backward of one signature; see `sbncore.call`.
 
-    def __init__(
-        self, sizes: Sizes, kind: str, runs: tuple[Runs, ...], full: bool, multiprocessors: int
-    ) -> None:
-        self.sizes, self.kind, self.full, self.runs = sizes, kind, full, runs
-        self.ends = "LAST" if sizes.last else "FIRST"
+    Temporary memory holds the slopes, the blocks' sums, the shifts and the tables of drawn values.
+
+    Raises:
+        ValueError: for a recipe of too many parts, or of too many values.
+    """
+
+    def __init__(self, signature: Signature) -> None:
+        self.signature = signature
+        layout, element, index, recipe, relu, residual = signature
+        _check(recipe)
+        assert index is not None
+        self.device = device_at(index)
+        self.kind, self.prior_element, self.sums_element = TYPES[element], *[PARAMETER[element]] * 2
+        self.real = 8 if element == "float64" else 4
+        self.ends = "LAST" if layout.last else "FIRST"
+        self.values, self.channels = layout.N * layout.S, layout.C
+        sizes = Sizes(*layout.sizes, layout.last, STORAGE[element].itemsize, True)
+        runs = tuple(geometry.runs_of(part, recipe.S) for part in recipe.parts)
+        multiprocessors = self.device.multiprocessors
         self.writing = geometry.sweep(sizes, multiprocessors)
         self.summing = geometry.sweep(sizes, multiprocessors, sums=True)
         self.places = geometry.places(sizes, runs, self.writing.vector, multiprocessors)
-        self.real = 8 if kind == "double" else 4
-        record = bytearray(SIZE)
-        numbers = geometry.fields(sizes, self.writing, self.summing, self.places)
-        _GEOMETRY.pack_into(record, _HEAD.size, *numbers, 0 if full else len(runs))
-        for k, (each, pieces) in enumerate(zip(runs, self.places.pieces, strict=True)):
-            _pack_part(record, k, each, pieces)
-        self._template = record
+        fields = geometry.fields(sizes, self.writing, self.summing, self.places)
+        self.template = record.template(fields, runs, self.places, recipe.full)
+        self.mask = mask_size(signature) if relu and residual else 0
+        self.mode = "MASKED" if self.mask else "RELU" if relu else "PLAIN"
+        self.tables = [table_size(part, recipe.S) for part in recipe.parts]
+        self.memory = max(self._size(over_places) for over_places in (False, True))
+        self._backward = lru_cache(maxsize=16)(self._prepare_backward)
 
-    def record(
-        self, pointers: Pointers, numbers: Numbers, keys: Keys, tables: Mapping[int, int] = NO_TABLES
-    ) -> bytes:
-        """Return the bytes of a run; ``tables`` holds the addresses of drawn values, by part."""
-        record = bytearray(self._template)
-        _HEAD.pack_into(record, 0, *pointers, *numbers)
-        for k, words in enumerate(keys):
-            _KEY.pack_into(record, _FIRST_PART + k * _PART.size, *words)
-        for k, table in tables.items():
-            struct.pack_into("<Q", record, _FIRST_PART + (k + 1) * _PART.size - 8, table)
-        return bytes(record)
+    def drawn(self, plan: Plan) -> tuple[Draw | None, Any]:
+        return plan.draw, None if plan.step is None else self.device.step(plan.step)
 
-    def of_part(self, record: bytes, k: int) -> bytes:
-        """Return the record of the repair of part k alone, onto that of the parts before it."""
-        single = bytearray(record)
-        begin = _FIRST_PART + k * _PART.size
-        single[_FIRST_PART : _FIRST_PART + _PART.size] = record[begin : begin + _PART.size]
-        struct.pack_into("<q", single, _PARTS, 1)
-        struct.pack_into("<q", single, _ONTO, k > 0)
-        return bytes(single)
+    def forward(
+        self, at: Pointers, draw: Draw | None, scalars: Scalars, stream: int | None = None
+    ) -> None:
+        recipe = self.signature.recipe
+        if not recipe.apart and draw is not None and at.step:
+            raise ValueError("plan: expected parts that share no samples where an array holds the step")
+        launches, between, numbers = [], Between(), Numbers()
+        if recipe.prior < 1:
+            launches = [*self._tables(), self._moments()]
+            between, numbers = self._between(at.memory, not recipe.full)
+        total = self.values if recipe.full else sum(part.weight for part in recipe.parts)
+        numbers = numbers._replace(
+            prior=recipe.prior, eps=scalars.eps, momentum=scalars.momentum, unbiased=scalars.unbiased,
+            total_scale=1 / total if total else 0.0, skip_nonfinite=scalars.skip_nonfinite,
+        )  # fmt: skip
+        launches.append(self._finish("forward"))
+        if at.y:
+            launches.append(self._normalize(self.signature.relu, self.signature.residual))
+        step_kept = at.state + 8 * ROWS * self.channels if at.step else 0
+        filled = record.filled(self.template, at, between, numbers, step_kept, self._keys(draw, at.step))
+        self.device.launch(launches, filled, stream)
 
-    def moments(self) -> Launch:
+    def backward(
+        self, at: Pointers, draw: Draw | None, gradient: str, stream: int | None = None
+    ) -> None:
+        recipe = self.signature.recipe
+        launches, through, sampled = self._backward(gradient, at.dx > 0, at.dresidual > 0)
+        between, numbers = self._between(at.memory, sampled)
+        scale = self.values / (1 - recipe.prior) if sampled else 1.0
+        numbers = numbers._replace(total_scale=scale, writes=not (through and recipe.full))
+        filled = record.filled(self.template, at, between, numbers, 0, self._keys(draw, at.step))
+        self._launch_repaired(launches, filled, through, stream)
+
+    def repair(self, at: Pointers, draw: Draw | None, stream: int | None = None) -> None:
+        if not self.signature.recipe.parts:
+            return
+        between, numbers = self._between(at.memory, True)
+        between = between._replace(partial=at.sums)
+        numbers = numbers._replace(total_scale=1.0, from_blocks=1)
+        filled = record.filled(self.template, at, between, numbers, 0, self._keys(draw, at.step))
+        self._launch_repaired([*self._tables(), self._finish("backward")], filled, True, stream)
+
+    def given(self, dweight: Any, dbias: Any, rows: Any) -> tuple[Any, Any]:
+        mean, _, rstd, shift = rows[:4]
+        return dbias, dweight / rstd + (mean - shift) * dbias
+
+    def _prepare_backward(
+        self, gradient: str, writes: bool, residual: bool
+    ) -> tuple[list[Launch], bool, bool]:
+        """Return the launches but for the repair, whether there is one, and whether the sample is summed."""
+        recipe = self.signature.recipe
+        flows = gradient != "detached" and recipe.parts != ()
+        through, sampled = flows and writes, flows and gradient == "sampled" and not recipe.full
+        launches = self._tables() if through or sampled else []
+        if sampled:
+            launches.append(self._over("sums_of_places", self.places, self.mode))
+        if not sampled or writes or residual:
+            options = f"{self.mode},{'false' if sampled else 'true'}"
+            launches.append(self._over("sums", self.summing, options))
+        return [*launches, self._finish("backward")], through, sampled
+
+    def _launch_repaired(
+        self, launches: list[Launch], filled: bytes, through: bool, stream: int | None
+    ) -> None:
+        """Launch what leaves the sums, then the repair, if any: of parts that overlap one by one."""
+        recipe = self.signature.recipe
+        over: tuple[str, Sweep | Places] = "repair_places", self.places
+        if recipe.full:
+            over = "repair", self.writing
+        repair = self._over(*over, self.mode)
+        together = recipe.full or recipe.apart
+        self.device.launch([*launches, repair] if through and together else launches, filled, stream)
+        if through and not together:
+            for k in range(len(recipe.parts)):
+                self.device.launch([repair], record.of_part(filled, k), stream)
+
+    def _tables(self) -> list[Launch]:
+        """Return the launch that fills the tables of drawn values, if there are any."""
+        recipe = self.signature.recipe
+        counts = [_range(part, recipe.S) for part, n in zip(recipe.parts, self.tables, strict=True) if n]
+        return [Launch("draw", (-(-max(counts) // DRAWING), 1), DRAWING)] if counts else []
+
+    def _moments(self) -> Launch:
         """Return the pass that leaves the sums of a forward."""
-        if self.full:
+        if self.signature.recipe.full:
             return self._over("sums", self.summing, "MOMENTS,true")
         return self._over("sums_of_places", self.places, "MOMENTS")
 
-    def sums(self, mode: str, over_places: bool) -> list[Launch]:
-        """Return the passes that leave the sums of a backward, and write dx and dresidual."""
-        if not over_places:
-            return [self._over("sums", self.summing, f"{mode},true")]
-        return [
-            self._over("sums_of_places", self.places, mode), self._over("sums", self.summing, f"{mode},false")
-        ]  # fmt: skip
-
-    def normalize(self, relu: bool, residual: bool) -> Launch:
-        """Return the pass that writes y."""
+    def _normalize(self, relu: bool, residual: bool) -> Launch:
         flags = ",".join("true" if flag else "false" for flag in (relu, residual))
         return self._over("normalize", self.writing, flags)
 
-    def repair(self, mode: str) -> Launch:
-        """Return the pass that takes the statistics' part from dx."""
-        if self.full:
-            return self._over("repair", self.writing, mode)
-        return self._over("repair_places", self.places, mode)
-
-    def finish(self, direction: str) -> Launch:
+    def _finish(self, direction: str) -> Launch:
         """Return the pass over channels behind the sums."""
-        blocks = -(-self.sizes.C // geometry.FINISHED)
+        blocks = -(-self.channels // geometry.FINISHED)
         return Launch(f"finish_{direction}<{self.kind},{self.ends}>", (blocks, 1), geometry.THREADS)
-
-    def sums_left(self, over_places: bool) -> tuple[int, int]:
-        """Return how many blocks leave sums, and how many each."""
-        if over_places:
-            return self.places.blocks, self.sizes.C
-        return self.summing.blocks, self.summing.slots
-
-    def memory(self, over_places: bool) -> int:
-        """Return the bytes that kernels leave for those behind them: slopes, the blocks' sums, shifts."""
-        blocks, slots = self.sums_left(over_places)
-        return 16 * self.sizes.C + (2 * blocks * slots + self.sizes.C) * self.real
-
-    def between(self, pointers: Pointers, memory: int, over_places: bool) -> Pointers:
-        """Return pointers into that memory, at an address."""
-        blocks, slots = self.sums_left(over_places)
-        partial = memory + 16 * self.sizes.C
-        return pointers._replace(
-            slopes=memory, partial=partial, shift=partial + 2 * blocks * slots * self.real
-        )
 
     def _over(self, kernel: str, over: Sweep | Places, options: str) -> Launch:
         return Launch(f"{kernel}<{self.kind},{over.vector},{over.layout},{options}>", over.grid, over.threads)
 
+    def _sums_left(self, over_places: bool) -> tuple[int, int]:
+        """Return how many blocks leave sums, and how many each."""
+        if over_places:
+            return self.places.blocks, self.channels
+        return self.summing.blocks, self.summing.slots
 
-call_of = lru_cache(maxsize=1024)(Call)
+    def _size(self, over_places: bool) -> int:
+        """Return the bytes of temporary memory: see `_between`."""
+        blocks, slots = self._sums_left(over_places)
+        bytes_of_sums = (2 * blocks * slots + self.channels) * self.real
+        return 16 * self.channels + -(-bytes_of_sums // 8) * 8 + 4 * sum(self.tables)
+
+    def _between(self, memory: int, over_places: bool) -> tuple[Between, Numbers]:
+        """Return what is where in temporary memory, and how the sums are to be read."""
+        blocks, slots = self._sums_left(over_places)
+        partial = memory + 16 * self.channels
+        shift = partial + 2 * blocks * slots * self.real
+        tables, begin = {}, partial + -(-(2 * blocks * slots + self.channels) * self.real // 8) * 8
+        for k, count in enumerate(self.tables):
+            if count:
+                tables[k] = begin
+            begin += 4 * count
+        return Between(partial, shift, memory, tables), Numbers(from_places=over_places, from_blocks=blocks)
+
+    def _keys(self, draw: Draw | None, step: int) -> Keys:
+        streams = [part.key for part in self.signature.recipe.parts]
+        if draw is None:
+            return [(key, 0) for key in streams]
+        if step:  # kernels read the step
+            before = layer_key(draw.seed, draw.layer)
+            return [(before, stream) for stream in streams]
+        return [(stream_key(*draw, stream), 0) for stream in streams]
 
 
-def keys_of(parts: tuple[Part, ...]) -> Keys:
-    """Return the words of the parts' keys, as in places.cu's Part."""
-    keys = [part.key for part in parts]
-    return [(key, 0) if isinstance(key, int) else (key.before, key.stream) for key in keys]
+def mask_size(signature: Signature) -> int:
+    """Return the bytes of a mask."""
+    return mask_bytes(*signature.layout.sizes, signature.layout.last, STORAGE[signature.element].itemsize)
+
+
+def mask_bytes(N: int, C: int, S: int, last: bool, itemsize: int) -> int:
+    """Return the bytes of a mask for an array of these sizes."""
+    sweep = geometry.sweep(Sizes(N, C, S, last, itemsize, True), 1)
+    return -(-sweep.rows // geometry.UNROLL) * sweep.columns * MASK_WORD[sweep.vector]
 
 
 def table_size(part: Part, size: int) -> int:
@@ -194,18 +216,17 @@ def table_size(part: Part, size: int) -> int:
     return 0
 
 
-def draw(parts: tuple[Part, ...], size: int) -> Launch:
-    """Return the launch that fills the tables of some parts."""
-    most = max(_range(part, size) for part in parts if table_size(part, size))
-    return Launch("draw", (-(-most // DRAWING), 1), DRAWING)
-
-
 def _range(part: Part, size: int) -> int:
     """Return of how many values a part draws."""
     return part.rows * size if isinstance(part, ScatteredPlaces) else part.rows
 
 
-def _pack_part(record: bytearray, k: int, runs: Runs, pieces: Pieces) -> None:
-    weight, *sizes = runs
-    numbers: list[Any] = [*sizes, runs.number, *pieces]
-    _PART.pack_into(record, _FIRST_PART + k * _PART.size, 0, 0, weight, *numbers, 0)
+def _check(recipe: Recipe) -> None:
+    if len(recipe.parts) > PARTS:
+        raise ValueError(f"plan: expected at most {PARTS} parts on a GPU, got {len(recipe.parts)}")
+    if recipe.S > MOST_POSITIONS or recipe.count >= 2**32:
+        raise ValueError(
+            "plan: expected at most 2**30 positions of a map and 2**32 values a channel on a GPU, got "
+            f"{recipe.S} and {recipe.count}"
+        )
+

@@ -10,8 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from sbncore.cuda import driver
-from sbncore.cuda.call import Launch
-from sbncore.interchange import LOOKS
+from sbncore.cuda.driver import Launch
 
 FILES = ("device.cu", "places.cu", "channels.cu", "passes.cu", "sbn.cu")
 OPTIONS = ("--std=c++17",)
@@ -42,7 +41,6 @@ def cupy() -> ModuleType:
         raise RuntimeError(f"CuPy finds no usable NVIDIA driver or GPU: {complaint}") from None
     if not count:
         raise RuntimeError("CuPy finds an NVIDIA driver but no GPU; is CUDA_VISIBLE_DEVICES empty?")
-    LOOKS[cupy.ndarray] = lambda array: (array.shape, array.strides, array.dtype, array.device.id)
     return cupy  # type: ignore[no-any-return]
 
 

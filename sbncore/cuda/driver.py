@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 _CONFIG = struct.Struct("<7I4xQQI4x")  # CUlaunchConfig: grid, block, shared memory, stream, attributes
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6
@@ -17,6 +17,14 @@ class _Attribute(ctypes.Structure):  # CUlaunchAttribute
 
 _OVERLAP = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, (ctypes.c_int * 16)(1))
 _OVERLAP_ADDRESS = ctypes.addressof(_OVERLAP)
+
+
+class Launch(NamedTuple):
+    """A kernel, as its template's instance, and its grid."""
+
+    kernel: str
+    grid: tuple[int, int]
+    threads: int
 
 
 def launch(

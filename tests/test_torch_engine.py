@@ -1,4 +1,4 @@
-"""Cached calls of a layer on the CPU give the general path's bits, and are taken where they should be."""
+"""The engine over tensors: the first call and later ones give the same bits; what is odd is copied."""
 
 from dataclasses import dataclass
 
@@ -10,16 +10,22 @@ from product import SAMPLERS
 torch = pytest.importorskip("torch")
 
 import sbncore as sbn  # noqa: E402
-from sbncore.adapters.torch import SampledBatchNorm2d, names, quick  # noqa: E402
+from sbncore import arguments, call  # noqa: E402
+from sbncore.adapters.torch import SampledBatchNorm2d, engine, tensors  # noqa: E402
 from sbncore.cpu import draws, kernels, pages  # noqa: E402
 from sbncore.cpu.names import DRAWS  # noqa: E402
 from sbncore.hashing import stream_key  # noqa: E402
 
-QUICK = {"full", "run", "runs", "patch", "samples", "strided"}
+
+def forget():
+    """Empty every cache of calls."""
+    arguments._prepared.clear()
+    engine._passed.clear()
+    call.call_for.cache_clear()
 
 
-def everything(sampler, dtype, last, relu, add, gradient, monkeypatch, long):
-    """Three steps' results, of a layer that goes the long way or its own."""
+def everything(sampler, dtype, last, relu, add, gradient, forgets):
+    """Three steps' results, each of a first call if the caches are emptied in between."""
     torch.manual_seed(0)
     parameter = torch.float64 if dtype == "float64" else torch.float32
     layer = SampledBatchNorm2d(
@@ -27,37 +33,33 @@ def everything(sampler, dtype, last, relu, add, gradient, monkeypatch, long):
         dtype=parameter, skip_nonfinite=True, own_rows=True,
     )  # fmt: skip
     results = []
-    with monkeypatch.context() as patched:
-        taken = []
-        forward = quick.Call.forward
-        patched.setattr(quick.Call, "forward", lambda *a: taken.append(1) or forward(*a))
-        if long:
-            patched.setattr(quick, "call_for", lambda *arguments: None)
-        for _ in range(3):
-            x, residual, dy = torch.randn(3, 8, 5, 6, 7).to(getattr(torch, dtype))
-            if last:
-                x, residual, dy = (a.to(memory_format=torch.channels_last) for a in (x, residual, dy))
-            leaves = [x.requires_grad_(), *([residual.requires_grad_()] if add else [])]
-            layer.zero_grad()
-            y = layer(*leaves)
-            y.backward(dy)
-            results += [y.detach(), *(a.grad for a in leaves), layer.weight.grad, layer.bias.grad]
-            results += [b.clone() for b in layer.buffers()]
-    return results, bool(taken)
+    for _ in range(3):
+        x, residual, dy = torch.randn(3, 8, 5, 6, 7).to(getattr(torch, dtype))
+        if last:
+            x, residual, dy = (a.to(memory_format=torch.channels_last) for a in (x, residual, dy))
+        leaves = [x.requires_grad_(), *([residual.requires_grad_()] if add else [])]
+        layer.zero_grad()
+        y = layer(*leaves)
+        if forgets:
+            forget()
+        y.backward(dy)
+        if forgets:
+            forget()
+        results += [y.detach(), *(a.grad for a in leaves), layer.weight.grad, layer.bias.grad]
+        results += [b.clone() for b in layer.buffers()]
+    return results
 
 
 @pytest.mark.parametrize("name", [*SAMPLERS, "prior"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_both_ways_give_the_same_bits(name, dtype, monkeypatch):
+def test_first_and_later_calls_give_the_same_bits(name, dtype):
     sampler = sbn.Prior(0.25, sbn.FeatureSampling(1 / 4)) if name == "prior" else SAMPLERS[name]
     cases = [(False, False, False), (True, True, False), (False, True, True), (True, True, True)]
     for (last, relu, add), gradient in zip(cases, ("exact", "detached", "exact", "sampled"), strict=True):
         if gradient == "sampled" and sampler.virtual:
             gradient = "exact"
-        options = (sampler, dtype, last, relu, add, gradient, monkeypatch)
-        (short, taken), (long, never) = everything(*options, long=False), everything(*options, long=True)
-        assert taken == (name in QUICK or name == "prior") and not never
-        for a, b in zip(short, long, strict=True):
+        options = (sampler, dtype, last, relu, add, gradient)
+        for a, b in zip(everything(*options, False), everything(*options, True), strict=True):
             assert a.dtype == b.dtype and a.stride() == b.stride() and torch.equal(a, b)
 
 
@@ -72,22 +74,29 @@ def test_compiled_draws_are_the_plans():
             ):  # fmt: skip
                 plan = sampler.plan(shape, seed=draw[0], layer=draw[1], step=step)
                 assert stream_key(*draw, 0) == plan.parts[0].key
-                for a, b in zip(draws.runs_of(plan), plan.runs, strict=True):
+                for a, b in zip(draws.drawing(plan.recipe)(*plan.draw), plan.runs, strict=True):
                     assert a.dtype == b.dtype and (a == b).all()
 
 
-def test_what_is_odd_goes_the_long_way():
+def test_what_is_odd_is_copied():
     x = torch.randn(8, 5, 6, 7)
-    for view in (x[::2], x[:, ::2], x.expand(8, 5, 6, 7)[..., ::2], x[:0], x[:1].expand(8, 5, 6, 7)):
-        assert quick.call_for(quick.shape_of(view), names.name_of(sbn.Full()), False) is None
+    for view in (x[::2], x[:, ::2], x.expand(8, 5, 6, 7)[..., ::2], x[:1].expand(8, 5, 6, 7)):
+        copy, layout = tensors.dense(view)
+        assert torch.equal(copy, view) and (copy.data_ptr() != view.data_ptr() or copy.is_contiguous())
+        assert copy.stride() == torch.nn.functional.batch_norm(view, None, None, training=True).stride()
+        assert layout.lies(copy.numpy())
     for view in (x, x.to(memory_format=torch.channels_last), x[:, :, 0, 0].clone(), x[2:]):
-        call = quick.call_for(quick.shape_of(view), names.name_of(sbn.Full()), False)
-        assert call is not None and [v.size for v in call.vectors(torch.ones(5), None)] == [5, 0]
-        some = torch.ones(5)
-        for odd in (torch.ones(6), some.double(), torch.ones(10)[::2], torch._neg_view(some)):
-            assert call.vectors(odd) is None
-        assert not quick.fits(torch._neg_view(view), quick.shape_of(view))
-        assert (call.flat(view) == view.as_strided((view.numel(),), (1,)).numpy()).all()
+        same, layout = tensors.dense(view)
+        assert same is view and layout.lies(view.numpy())
+        negative, _ = tensors.dense(torch._neg_view(view))
+        assert not negative.is_neg() and torch.equal(negative, -view)
+        assert tensors.dense_as(view, view) is view
+        assert torch.equal(tensors.dense_as(torch._neg_view(view), view), -view)
+    some = torch.ones(5)
+    assert tensors.vector(some, torch.float32) is some and tensors.vector(None, torch.float32) is None
+    for odd in (some.double(), some.half(), torch.ones(10)[::2], torch._neg_view(-some)):
+        copy = tensors.vector(odd, torch.float32)
+        assert copy.is_contiguous() and torch.equal(copy, some) and not copy.is_neg()
 
 
 def test_large_outputs_are_torchs_own_memory():

@@ -1,0 +1,168 @@
+"""Calls on the CPU: the record that a kernel reads, filled from addresses, and the threads that run it."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from ctypes import addressof
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sbncore.arrays import STORAGE
+from sbncore.cpu import draws, engine, kernels, threads
+from sbncore.cpu.record import EVERYTHING, GIVEN, SAMPLE, Record, addresses
+from sbncore.plans import Draw, Plan, Runs
+from sbncore.signature import Pointers, Scalars, Signature, step_of
+
+KEPT_RUNS = 64  # draws of a Call whose runs are kept for backward: layers of one signature in a network
+KEPT_PLACES = 8  # the same, where a draw is spelled out place by place
+NOWHERE = Runs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
+CLAIMS = Record.claims.offset
+ALIGNED = 64  # bytes, of scratch memory: no vector lies across two cache lines
+_ADDRESSES = struct.Struct("<23q")  # from Record.x on
+_CONSTANTS = struct.Struct("<4d")  # from Record.prior on
+
+
+class Prepared(NamedTuple):
+    """A kernel, the record that its calls begin with, and bytes of ``partial`` and of a thread's memory."""
+
+    kernel: kernels.Function
+    template: bytes
+    partial: int
+    scratch: int
+
+
+class Call:
+    """Forward and backward of one signature; see `sbncore.call`."""
+
+    memory = 0
+    prior_element = sums_element = "float64"
+
+    def __init__(self, signature: Signature) -> None:
+        self.signature = signature
+        layout, element, _, recipe, relu, residual = signature
+        self.division = engine.of(layout)
+        self.storage, self.recipe = STORAGE[element], recipe
+        self.channels, self.elements = layout.C, layout.N * layout.C * layout.S
+        self.mask = engine.mask_size(layout) if relu and residual else 0
+        self.share = 1 / (1 - recipe.prior) if recipe.prior < 1 else 0.0  # of the sample in the statistics
+        compiled = draws.takes(recipe)
+        find = self._find(draws.drawing(recipe) if compiled else None)
+        self.runs = lru_cache(maxsize=KEPT_RUNS if compiled else KEPT_PLACES)(find)
+        self._forward = lru_cache(maxsize=256)(self._prepare_forward)
+        self._backward = lru_cache(maxsize=256)(self._prepare_backward)
+
+    def _find(self, compiled: Callable[[int, int, int], Runs] | None) -> Callable[[Draw | None], Runs]:
+        def find(draw: Draw | None) -> Runs:
+            if draw is not None and compiled is not None and draws.fits(draw):
+                return compiled(*draw)
+            return Plan(self.recipe, draw).runs
+
+        return find
+
+    def drawn(self, plan: Plan) -> tuple[Draw | None, None]:
+        return plan.now().draw, None
+
+    def forward(
+        self, at: Pointers, draw: Draw | None, scalars: Scalars, stream: int | None = None
+    ) -> None:
+        runs = self.runs(draw) if self.recipe.prior < 1 else NOWHERE
+        prepared = self._forward(len(runs.begin), at.y > 0, at.mask > 0)
+        record = Record.from_buffer_copy(prepared.template)
+        _CONSTANTS.pack_into(
+            record, Record.prior.offset, self.recipe.prior, scalars.eps, scalars.momentum, scalars.unbiased
+        )
+        record.skip_nonfinite = scalars.skip_nonfinite
+        if draw is not None:
+            step_of(at.state, self.channels).value = _signed(draw.step)
+        self._run(prepared, record, at, runs)
+
+    def backward(
+        self, at: Pointers, draw: Draw | None, gradient: str, stream: int | None = None
+    ) -> None:
+        runs, sums_over = NOWHERE, EVERYTHING
+        if gradient != "detached" and self.recipe.parts:  # it flows through the statistics
+            runs = self.runs(draw)
+            sums_over = SAMPLE if gradient == "sampled" else EVERYTHING
+        self._differentiate(at, runs, sums_over)
+
+    def repair(self, at: Pointers, draw: Draw | None, stream: int | None = None) -> None:
+        if self.recipe.parts:
+            self._differentiate(at, self.runs(draw), GIVEN)
+
+    def given(self, dweight: Any, dbias: Any, rows: Any) -> tuple[Any, Any]:
+        return dbias, dweight
+
+    def _differentiate(self, at: Pointers, runs: Runs, sums_over: int) -> None:
+        drawn, repairs, room = len(runs.begin), at.dx > 0, None
+        total = np.empty(2 * self.channels)
+        if sums_over != GIVEN:
+            at = at._replace(sums=addresses(total)[0])
+        if not repairs and at.dresidual:  # a kernel writes both or neither
+            room = np.empty(self.elements, self.storage)
+            at = at._replace(dx=addresses(room)[0])
+        prepared = self._backward(drawn, at.dx > 0, at.dresidual > 0, repairs and drawn > 0, sums_over)
+        self._run(prepared, Record.from_buffer_copy(prepared.template), at, runs)
+
+    def _prepare_forward(self, drawn: int, writes: bool, masked: bool) -> Prepared:
+        _, _, _, recipe, relu, residual = self.signature
+        division, full = self.division, recipe.full and drawn > 0
+        nbytes = self.elements * self.storage.itemsize
+        stream = writes and division.whole and nbytes >= engine.KEPT * engine.STREAM
+        kernel = kernels.kernel(
+            division.memory, "forward", self.storage.char, relu, residual, masked, drawn > 0
+        )
+        choices = {"full": full, "times": self.share if drawn else 0.0, "writes": writes, "stream": stream}
+        return self._prepared(kernel, drawn, full and division.cached, choices, EVERYTHING)
+
+    def _prepare_backward(
+        self, drawn: int, writes: bool, residual: bool, repairs: bool, sums_over: int
+    ) -> Prepared:
+        layout, division = self.signature.layout, self.division
+        stream = division.whole and self.elements * self.storage.itemsize >= engine.STREAM
+        relu, masked = self.signature.relu, self.mask > 0
+        kernel = kernels.kernel(
+            division.memory, "backward", self.storage.char, relu, residual, masked, False
+        )
+        times = {EVERYTHING: 0.0, SAMPLE: layout.N * layout.S * self.share, GIVEN: -1.0}[sums_over]
+        full = self.recipe.full and drawn > 0
+        choices = {"full": full, "times": times, "writes": writes, "stream": stream, "repairs": repairs}
+        return self._prepared(kernel, drawn, sums_over != SAMPLE, choices, sums_over)
+
+    def _prepared(
+        self, kernel: kernels.Function, drawn: int, everything: bool, choices: dict[str, Any], sums_over: int
+    ) -> Prepared:
+        division = self.division
+        record, scratch = Record.from_buffer_copy(division.template), division.scratch
+        for name, value in choices.items():
+            setattr(record, name, value)
+        record.sums_over, record.mask_size = sums_over, self.mask
+        record.runs, record.groups = drawn, division.groups(everything, drawn)
+        if division.piece:
+            record.capacity = drawn + self.elements // division.piece
+            scratch += engine.multiple(24 * record.capacity, ALIGNED)
+        record.scratch_size = scratch
+        partial = engine.multiple(16 * record.groups * self.channels, ALIGNED)
+        return Prepared(kernel, bytes(record), partial, scratch)
+
+    def _run(
+        self, prepared: Prepared, record: Record, at: Pointers, runs: Runs
+    ) -> None:
+        """Give the record its addresses and scratch memory, and run its kernel on it."""
+        kernel, _, partial, scratch = prepared
+        count = threads.count(self.division.tasks) if engine.parallel(self.elements) else 1
+        room, here = np.empty(ALIGNED + partial + count * scratch, np.uint8), addressof(record)
+        begin, length, share, first = addresses(*runs, room)
+        first = (first + ALIGNED - 1) & -ALIGNED
+        _ADDRESSES.pack_into(
+            record, Record.x.offset, at.x, at.y, at.residual, at.mask, at.dy, at.dx, at.dresidual, at.state,
+            at.weight, at.bias, at.running_mean, at.running_var, at.dweight, at.dbias, at.prior_mean,
+            at.prior_var, begin, length, share, at.sums, first, here + CLAIMS, first + partial,
+        )  # fmt: skip
+        threads.run(kernel, here, count)
+
+
+def _signed(word: int) -> int:
+    return (word + 2**63) % 2**64 - 2**63
