@@ -143,14 +143,12 @@ def check_memory(views: Arguments, in_place: bool) -> None:
         checks.apart(out, inputs if in_place else (x, *inputs), same)
 
 
-def vector_of(views: Arguments, name: str, prepared: Prepared) -> Any:
-    """Return a vector as the engine takes it, or None."""
-    view = getattr(views, name)
-    if view is None or name not in prepared.copied:
-        return view
-    wanted = prepared.parameter
-    if name.startswith("prior") and prepared.call is not None:
-        wanted = prepared.call.prior_element
-    return vector(view, wanted)
-
-
+def dense_vectors(views: Arguments, prepared: Prepared) -> Arguments:
+    """Return the arguments with vectors as the engine takes them."""
+    call, copies = prepared.call, {}
+    for name in prepared.copied.intersection(VECTORS):
+        kind = prepared.parameter
+        if name.startswith("prior") and call is not None:
+            kind = call.prior_element
+        copies[name] = vector(getattr(views, name), kind)
+    return views._replace(**copies)

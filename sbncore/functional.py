@@ -13,14 +13,13 @@ import numpy as np
 
 from sbncore import checks
 from sbncore.arguments import (
-    VECTORS,
     Arguments,
     Options,
     Prepared,
     borrowed,
     check_memory,
+    dense_vectors,
     prepared,
-    vector_of,
 )
 from sbncore.arrays import (
     PARAMETER,
@@ -228,13 +227,13 @@ def repair(dx: Array, dy: Array, saved: Saved, dweight: Array, dbias: Array) -> 
         return
     with on_device(view):
         flat, gradients = layout.flatten(target), layout.flatten(view)
-        state, memory = saved.state, new(flat, call.memory, "u1")
+        state, memory = saved.state, new(flat, call.memory, "u1") if call.memory else None
         total = new(flat, 2 * layout.C, call.sums_element)
         for k, each in enumerate(call.given(widen(sums[0]), widen(sums[1]), state.rows)):
             total[k * layout.C : (k + 1) * layout.C] = each
         at = Pointers(
             dx=address(flat), dy=address(gradients), x=address(saved.x), state=address(state.values),
-            mask=at_(state.mask), memory=address(memory), sums=address(total), step=state.step_address,
+            mask=at_(state.mask), memory=at_(memory), sums=address(total), step=state.step_address,
         )  # fmt: skip
         call.repair(at, state.draw)
         if call.memory:
@@ -342,31 +341,34 @@ def _run(
     y = None
     if writes:
         y = new(x, x.size, x.dtype) if views.out is None or "out" in copied else layout.flatten(views.out)
-    memory, mask = new(x, call.memory, "u1"), new(x, call.mask, "u1") if masks and call.mask else None
+    memory = new(x, call.memory, "u1") if call.memory else None
+    mask = new(x, call.mask, "u1") if masks and call.mask else None
     residual = None if views.residual is None else layout.flatten(views.residual)
-    vectors = {name: vector_of(views, name, ready) for name in VECTORS}
+    held = dense_vectors(views, ready) if copied else views
     draw, step = call.drawn(plan)
     at = Pointers(
         y=at_(y), x=address(x), residual=at_(residual), mask=at_(mask), state=address(values),
-        memory=address(memory), step=at_(step), **{name: at_(view) for name, view in vectors.items()},
+        memory=at_(memory), weight=at_(held.weight), bias=at_(held.bias), step=at_(step),
+        running_mean=at_(held.running_mean), running_var=at_(held.running_var),
+        prior_mean=at_(held.prior_mean), prior_var=at_(held.prior_var),
     )  # fmt: skip
     call.forward(at, draw, Scalars(ready.eps, moving.momentum, unbiased(count), moving.skip_nonfinite))
     if copied:
-        _write_back(ready, views, y, vectors)
+        _write_back(ready, views, y, held)
     state = State(values, mask, count, layout.C, draw, step is not None)
     if call.memory:
-        state.memory["forward"] = memory, residual, vectors
+        state.memory["forward"] = memory, residual, held[1:]
     return y, state
 
 
-def _write_back(ready: Prepared, views: Arguments, y: Any, vectors: dict[str, Any]) -> None:
+def _write_back(ready: Prepared, views: Arguments, y: Any, held: Arguments) -> None:
     """Copy what was written to arrays that the engine cannot take as they lie."""
     if "out" in ready.copied and y is not None:
         views.out[...] = ready.layout.restore(y)
     for name in ("running_mean", "running_var"):
         if name in ready.copied:
             view = getattr(views, name)
-            view[...] = narrow(vectors[name], view.dtype)
+            view[...] = narrow(getattr(held, name), view.dtype)
 
 
 def _state_of_nothing(values: Any, views: Arguments, layout: Layout, count: float) -> State:
@@ -396,10 +398,10 @@ def _differentiate(
             if each is not None:
                 each[...] = 0
     elif dx is not None or dresidual is not None or "weight" in wanted or "bias" in wanted:
-        memory, flat = new(x, call.memory, "u1"), layout.flatten(dy)
+        memory, flat = new(x, call.memory, "u1") if call.memory else None, layout.flatten(dy)
         at = Pointers(
             dx=at_(dx), dresidual=at_(dresidual), dweight=at_(sums[0]), dbias=at_(sums[1]), x=address(x),
-            dy=address(flat), state=address(state.values), mask=at_(state.mask), memory=address(memory),
+            dy=address(flat), state=address(state.values), mask=at_(state.mask), memory=at_(memory),
             step=state.step_address,
         )  # fmt: skip
         call.backward(at, state.draw, gradient)

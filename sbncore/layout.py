@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -50,13 +51,9 @@ class Layout(NamedTuple):
 
     def restore(self, flat: np.ndarray) -> np.ndarray:
         """Return flat memory of this layout in the logical shape, as a view."""
-        sizes = (self.N, *self.spatial, self.C) if self.last else (self.N, self.C, *self.spatial)
-        here = len(sizes) - 1 if self.last else 1
+        sizes, axes = _restoring(self)
         array = flat.reshape(sizes)
-        if here == self.axis:
-            return array
-        others = [axis for axis in range(len(sizes)) if axis != here]
-        return array.transpose((*others[: self.axis], here, *others[self.axis :]))
+        return array if axes is None else array.transpose(axes)
 
     @property
     def order(self) -> tuple[int, ...] | None:
@@ -70,6 +67,18 @@ class Layout(NamedTuple):
     def _ordered(self, array: np.ndarray) -> np.ndarray:
         order = self.order
         return array if order is None else array.transpose(order)
+
+
+@lru_cache(maxsize=1024)
+def _restoring(layout: Layout) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """Return the sizes in the order of memory, and how their axes are transposed to the logical ones."""
+    N, C, spatial = layout.N, layout.C, layout.spatial
+    sizes = (N, *spatial, C) if layout.last else (N, C, *spatial)
+    here, axis = len(sizes) - 1 if layout.last else 1, layout.axis
+    if here == axis:
+        return sizes, None
+    others = [each for each in range(len(sizes)) if each != here]
+    return sizes, (*others[:axis], here, *others[axis:])
 
 
 def _dense(ordered: np.ndarray) -> bool:

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sbncore.arrays import STORAGE
+from sbncore.arrays import STORAGE, address
 from sbncore.cpu import draws, engine, kernels, threads
-from sbncore.cpu.record import EVERYTHING, GIVEN, SAMPLE, Record, addresses
+from sbncore.cpu.record import EVERYTHING, GIVEN, SAMPLE, Record
 from sbncore.plans import Draw, Plan, Runs
 from sbncore.signature import Pointers, Scalars, Signature, step_of
 
@@ -99,10 +99,10 @@ class Call:
         drawn, repairs, room = len(runs.begin), at.dx > 0, None
         total = np.empty(2 * self.channels)
         if sums_over != GIVEN:
-            at = at._replace(sums=addresses(total)[0])
+            at = at._replace(sums=address(total))
         if not repairs and at.dresidual:  # a kernel writes both or neither
             room = np.empty(self.elements, self.storage)
-            at = at._replace(dx=addresses(room)[0])
+            at = at._replace(dx=address(room))
         prepared = self._backward(drawn, at.dx > 0, at.dresidual > 0, repairs and drawn > 0, sums_over)
         self._run(prepared, Record.from_buffer_copy(prepared.template), at, runs)
 
@@ -126,7 +126,7 @@ class Call:
         kernel = kernels.kernel(
             division.memory, "backward", self.storage.char, relu, residual, masked, False
         )
-        times = {EVERYTHING: 0.0, SAMPLE: layout.N * layout.S * self.share, GIVEN: -1.0}[sums_over]
+        times = {EVERYTHING: 0.0, SAMPLE: layout.N * layout.S / (1 - self.recipe.prior or 1), GIVEN: -1.0}[sums_over]
         full = self.recipe.full and drawn > 0
         choices = {"full": full, "times": times, "writes": writes, "stream": stream, "repairs": repairs}
         return self._prepared(kernel, drawn, sums_over != SAMPLE, choices, sums_over)
@@ -154,8 +154,8 @@ class Call:
         kernel, _, partial, scratch = prepared
         count = threads.count(self.division.tasks) if engine.parallel(self.elements) else 1
         room, here = np.empty(ALIGNED + partial + count * scratch, np.uint8), addressof(record)
-        begin, length, share, first = addresses(*runs, room)
-        first = (first + ALIGNED - 1) & -ALIGNED
+        begin, length, share = map(address, runs)
+        first = (address(room) + ALIGNED - 1) & -ALIGNED
         _ADDRESSES.pack_into(
             record, Record.x.offset, at.x, at.y, at.residual, at.mask, at.dy, at.dx, at.dresidual, at.state,
             at.weight, at.bias, at.running_mean, at.running_var, at.dweight, at.dbias, at.prior_mean,

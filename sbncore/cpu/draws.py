@@ -7,9 +7,9 @@ from ctypes import addressof
 
 import numpy as np
 
+from sbncore.arrays import address
 from sbncore.cpu.kernels import compiled
 from sbncore.cpu.record import Draw as Argument
-from sbncore.cpu.record import addresses
 from sbncore.plans import Draw, MapPlaces, Plan, Recipe, Runs, WholeSamples
 
 FEW = 4  # runs of a map, that are drawn here
@@ -56,8 +56,8 @@ def drawing(recipe: Recipe) -> Callable[[int, int, int], Runs]:
             return Plan(recipe, Draw(seed, layer, step)).runs
         record, room = Argument.from_buffer_copy(template), np.empty((2, most), np.int64)
         record.seed, record.layer, record.step = seed, layer, step
-        record.begin, record.share = begin, _ = addresses(room, share)
-        record.length = begin + row
+        record.begin, record.share = address(room), address(share)
+        record.length = record.begin + row
         places(addressof(record))
         count = record.count
         return Runs(room[0, :count], room[1, :count], share[:count])
