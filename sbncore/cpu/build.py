@@ -1,4 +1,8 @@
-"""Compile kernels by Numba: ``python -m sbncore.cpu.build FOLDER NAME...``, of `sbncore.cpu.names`."""
+"""Compile kernels by Numba: ``python -m sbncore.cpu.build FOLDER NAME...``, of `sbncore.cpu.names`.
+
+No kernel allocates, raises or counts references: none needs Numba's runtime. So what is compiled runs in
+processes that never load Numba, and on threads that Python knows nothing of.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core.compiler_lock import global_compiler_lock
 
-from sbncore.cpu import channels_first, channels_last, places, short_maps
-from sbncore.cpu.compiled import c_object
-from sbncore.cpu.elements import memory, record_at
+from sbncore.cpu import channels_first, channels_last, runs, short_maps
+from sbncore.cpu.elements import loop, memory, record_at
 from sbncore.cpu.names import DRAWS, DTYPES, Kernel
 
 MODULES = {"channels_first": channels_first, "short_maps": short_maps, "channels_last": channels_last}
@@ -21,7 +27,31 @@ MODULES = {"channels_first": channels_first, "short_maps": short_maps, "channels
 
 def object_code(name: str) -> bytes:
     """Return the object code of the C function of a name in `sbncore.cpu.names`."""
-    return c_object(name, getattr(places, name) if name in DRAWS else entry(Kernel.named(name)))
+    return c_object(name, getattr(runs, name) if name in DRAWS else entry(Kernel.named(name)))
+
+
+@global_compiler_lock
+def c_object(name: str, function: Callable[..., Any]) -> bytes:
+    """Return the object code of ``void name(void *)``, which calls a function of one address.
+
+    Numba's own `cfunc` reports exceptions to Python, for which it needs Numba's runtime.
+    """
+    dispatcher, kinds = loop()(function), (types.voidptr,)
+    dispatcher.compile(kinds)
+    compiled = dispatcher.overloads[kinds]
+    context = dispatcher.targetctx
+    library = context.codegen().create_library(name)
+    library.enable_object_caching()
+    module = library.create_ir_module(name)
+    entry = ir.Function(module, ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer()]), name)
+    builder = ir.IRBuilder(entry.append_basic_block())
+    context.call_internal_no_propagate(builder, compiled.fndesc, compiled.signature, entry.args)
+    builder.ret_void()
+    library.add_ir_module(module)
+    library.add_linking_library(compiled.library)
+    library.finalize()
+    library.get_pointer_to_function(name)  # compiles it
+    return bytes(library._get_compiled_object())
 
 
 def entry(kernel: Kernel) -> Callable[[Any], None]:

@@ -7,7 +7,7 @@ large one is done *at once*: a block's sums and then what is written, while it i
 batch normalization reads memory once. Between the phases threads wait for each other. What a task is depends
 on the shape alone, and all sums of a channel are added in one order: results do not depend on the threads.
 
-What a pass (`sbncore.cpu.passes`) will read ``ahead`` by so many elements is fetched meanwhile: a little
+What a pass (`sbncore.cpu.segments`) will read ``ahead`` by so many elements is fetched meanwhile: a little
 further on in a sweep, else in the next sample, since the CPU foresees no jumps.
 
 Loops fill arrays element by element: slices would take seconds more to compile.
@@ -15,7 +15,8 @@ Loops fill arrays element by element: slices would take seconds more to compile.
 
 from __future__ import annotations
 
-from sbncore.cpu.channels import (
+from sbncore.cpu.elements import cast, loop, memory, sample_of, zero
+from sbncore.cpu.per_channel import (
     clear,
     collect,
     fill,
@@ -24,25 +25,22 @@ from sbncore.cpu.channels import (
     finish_backward,
     finish_forward,
     finish_moments,
+    keep,
     shift_of,
 )
-from sbncore.cpu.compiled import loop
-from sbncore.cpu.elements import cast, memory, runs_in, zero
-from sbncore.cpu.passes import (
-    add,
-    add_runs,
-    keep,
-    lines,
-    normalize,
-    part_of,
-    repair_run,
-    write,
-    write_all,
-)
 from sbncore.cpu.record import COUNTERS, DONE, FINISHED, FIRST, GIVEN, LANES, SAMPLE, SECOND, SPOTS, THIRD
-from sbncore.cpu.rows import NEAR
-from sbncore.cpu.stores import aligned, fence
-from sbncore.cpu.tasks import claim, thread_room, wait
+from sbncore.cpu.rows import CHUNK, NEAR
+from sbncore.cpu.runs import lines, runs_in
+from sbncore.cpu.segments import (
+    add_runs,
+    mask_bytes,
+    normalize_segment,
+    repair_run,
+    repair_segment,
+    sums_segment,
+)
+from sbncore.cpu.tasks import claim, part_of, thread_room, wait
+from sbncore.cpu.vectors import aligned, fence
 
 WORTH = 100  # elements that are read twice in the time that the repair of one run takes
 
@@ -200,3 +198,72 @@ def backward(r, dx, dresidual, dy, x, mask, relu):
             )  # fmt: skip
     if stream:
         fence()
+
+
+@loop()
+def normalize(y, mask, x, residual, values, n0, n1, c0, c1, relu, stream, ahead, C, S):
+    """The pass that writes, over segments of samples n0 .. n1-1."""
+    for n in range(n0, n1):
+        normalize_segment(
+            sample_of(y, n, C * S), sample_of(mask, n, mask_bytes(C, S)), sample_of(x, n, C * S),
+            sample_of(residual, n, C * S), values, c0, c1, S, relu, stream, ahead,
+        )  # fmt: skip
+
+
+@loop()
+def add(sums, lanes, dx, dresidual, dy, x, mask, values, n0, n1, c0, c1, relu, stream, ahead, C, S):
+    """Add the sums over samples n0 .. n1-1; dx = scale * g, dresidual = g where given."""
+    often = max(1, CHUNK // S)
+    for n in range(n0, n1):
+        last = n == n1 - 1 or (n - n0) % often == often - 1
+        sums_segment(
+            sums, lanes, 1.0, last, sample_of(dx, n, C * S), sample_of(dresidual, n, C * S),
+            sample_of(dy, n, C * S), sample_of(x, n, C * S), sample_of(mask, n, mask_bytes(C, S)), values, c0,
+            c1, S, relu, stream, ahead,
+        )  # fmt: skip
+
+
+@loop()
+def write(
+    dx, dresidual, dy, x, mask, values, slopes, p, turn, n, c0, c1, relu, stream, ahead, C, S
+):  # fmt: skip
+    """dx and dresidual of a sample's segment; without slopes p is 0."""
+    if dx is not None or dresidual is not None:
+        repair_segment(
+            sample_of(dx, n, C * S), sample_of(dresidual, n, C * S), sample_of(dy, n, C * S),
+            sample_of(x, n, C * S), sample_of(mask, n, mask_bytes(C, S)), values, slopes, p, turn, c0, c1, S,
+            relu, stream, ahead,
+        )  # fmt: skip
+
+
+@loop()
+def write_all(
+    dx, dresidual, dy, x, mask, values, total, slopes, weights, turn, begin, length, weight, n0, n1, c0, c1,
+    relu, stream, ahead, C, S,
+):  # fmt: skip
+    """dx and dresidual of samples n0 .. n1-1, from the sums in total."""
+    find_slopes(slopes, total, values, 1.0, c0, c1)
+    r = 0
+    while r < len(begin) and begin[r] < n0 * S:
+        r += 1
+    for n in range(n0, n1):
+        if turn > 0:
+            r = spell_weights(weights, begin, length, weight, r, n, S)
+        write(
+            dx, dresidual, dy, x, mask, values, slopes, weights, turn, n, c0, c1, relu, stream, ahead, C, S
+        )
+
+
+@loop()
+def spell_weights(row, begin, length, weight, r, n, S):
+    """p of sample n as `repair_segment` takes it, from run r on; return the next sample's first run."""
+    for i in range(len(row)):
+        row[i] = 0
+    while r < len(begin) and begin[r] < (n + 1) * S:
+        first = LANES + begin[r] - n * S
+        for i in range(first, first + length[r]):
+            row[i] = weight[r]
+        r += 1
+    for i in range(LANES):  # round the map
+        row[i], row[LANES + S + i] = row[S + i], row[LANES + i]
+    return r

@@ -9,10 +9,10 @@ threads. Sums are float32 (float64 for float64) within a piece, float64 beyond. 
 
 from __future__ import annotations
 
-from sbncore.cpu.channels import (
+from sbncore.cpu.elements import cast, loop, memory, zero
+from sbncore.cpu.per_channel import (
     clear,
     collect,
-    cut,
     find_slopes,
     find_spots,
     finish_backward,
@@ -20,8 +20,6 @@ from sbncore.cpu.channels import (
     finish_moments,
     shift_of,
 )
-from sbncore.cpu.compiled import loop
-from sbncore.cpu.elements import cast, memory, runs_in, zero
 from sbncore.cpu.record import (
     BLOCK,
     COUNTERS,
@@ -37,8 +35,9 @@ from sbncore.cpu.record import (
     WRITTEN,
 )
 from sbncore.cpu.rows import NEAR, add_row, normalize_row, repair_row
-from sbncore.cpu.stores import aligned, fence
+from sbncore.cpu.runs import cut, runs_in
 from sbncore.cpu.tasks import claim, thread_room, wait
+from sbncore.cpu.vectors import aligned, fence
 
 
 @loop()

@@ -1,4 +1,4 @@
-"""What compiled code draws (`sbncore.cpu.places`): the runs of the commonest plans."""
+"""What compiled code draws (`sbncore.cpu.runs`): the runs of the commonest plans."""
 
 from __future__ import annotations
 

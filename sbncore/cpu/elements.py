@@ -11,17 +11,27 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import from_dtype, types
+from numba import from_dtype, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 from numba.np import arrayobj
 
-from sbncore.cpu.compiled import loop
 from sbncore.cpu.record import Draw, Record
 
 FLOAT16, BFLOAT16 = types.int16, types.uint16
 I16, I32, I64, HALF, FLOAT = *(ir.IntType(bits) for bits in (16, 32, 64)), ir.HalfType(), ir.FloatType()
 RECORD, DRAW = (from_dtype(np.dtype(kind)) for kind in (Record, Draw))
+
+
+def loop(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Compile as a part of the C functions that call it."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        compiler: Any = njit  # its types lack what leaves out the entries
+        without = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "_nrt": False}
+        return compiler(error_model="numpy", **without, **options)(function)
+
+    return decorate
 
 
 def pointer(context: Any, builder: Any, array: types.Array, value: Any, index: Any) -> Any:
@@ -149,13 +159,6 @@ def memory(typingctx: Any, address: Any, shape: Any, kind: Any) -> tuple[Any, Ca
 def vector(address, C, kind):
     """A value for each channel, or none of what is absent."""
     return memory(address, (C if address != 0 else 0,), kind)
-
-
-@loop(forceinline=True)
-def runs_in(r):
-    """begin, length and weight of a record's runs."""
-    shape = (r.runs,)
-    return memory(r.begin, shape, 0), memory(r.length, shape, 0), memory(r.share, shape, 0.0)
 
 
 def zero(array):

@@ -63,7 +63,7 @@ class Record(ctypes.Structure):
 
 
 class Draw(ctypes.Structure):
-    """The argument of the functions that draw (`sbncore.cpu.places`); ``count`` is their result."""
+    """The argument of the functions that draw (`sbncore.cpu.runs`); ``count`` is their result."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in (

@@ -19,20 +19,20 @@ Arrays that may be missing, and relu, are None or not at compile time, which pru
 
 from __future__ import annotations
 
-from sbncore.cpu.compiled import loop
-from sbncore.cpu.lanes import (
-    LANES,
+from sbncore.cpu.elements import loop
+from sbncore.cpu.record import LANES
+from sbncore.cpu.vectors import (
     above_zero,
     at,
     blend,
     load_lanes,
     prefetch,
     read_bits,
+    store_lanes,
     total,
     where,
     write_bits,
 )
-from sbncore.cpu.stores import store_lanes
 
 CHUNK = 4096  # elements that are summed in float32, 16 ways
 NEAR = 512  # elements: how long before they are used those of a pass are fetched

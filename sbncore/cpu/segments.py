@@ -5,7 +5,7 @@ on, and so are the segments, so that only a sample's last vector can be a part o
 a vector, the *seam*, that takes the coefficients of both channels, blended: a vector has to do with two maps
 at most, of 16 positions or more.
 
-``values`` holds the coefficients (`sbncore.cpu.channels`), in float64. The sums of a channel stay in 16
+``values`` holds the coefficients (`sbncore.cpu.per_channel`), in float64. The sums of a channel stay in 16
 lanes, from one sample to the next, until they are flushed.
 """
 
@@ -14,11 +14,13 @@ from __future__ import annotations
 from numba import types
 from numba.extending import overload
 
-from sbncore.cpu.compiled import loop
-from sbncore.cpu.elements import cast
-from sbncore.cpu.lanes import LANES, at, blend, load_lanes, nothing, total, where
-from sbncore.cpu.rows import CHUNK, normalize_vector, repair_vector, sums_vector
-from sbncore.cpu.stores import store_lanes
+from sbncore.cpu.elements import cast, loop, sample_of
+from sbncore.cpu.record import LANES
+from sbncore.cpu.rows import CHUNK, normalize_vector, repair_few, repair_vector, sums_vector
+from sbncore.cpu.vectors import at, blend, load_lanes, nothing, store_lanes, total, where
+
+FLUSH = CHUNK // LANES  # values that a lane sums up in float32
+AHEAD = 512  # elements: how long before they are used scattered runs are fetched
 
 
 @loop(forceinline=True)
@@ -161,3 +163,97 @@ def repair_segment(
                 bent[1], p, relu, stream, ahead, (0, k),
             )  # fmt: skip
         now, bent = following, bending
+
+
+@loop()
+def mask_bytes(C, S):
+    """How many bytes of a mask a sample has."""
+    return 2 * ((C * S + LANES - 1) // LANES)
+
+
+@loop()
+def add_runs(sums, lanes, dy, x, mask, values, begin, length, weight, scale, relu, c0, c1, C, S):
+    """Add the sums of g and g * (x - shift) over the runs, each times its weight and ``scale``."""
+    held = 0  # what each lane has summed up
+    for r in range(len(begin)):
+        n, p, whole = begin[r] // S, weight[r] * scale, length[r] == S
+        source, upper = sample_of(x, n, C * S), sample_of(dy, n, C * S)
+        bits = sample_of(mask, n, mask_bytes(C, S))
+        held += (length[r] + LANES - 1) // LANES
+        last = held >= FLUSH or r == len(begin) - 1 or weight[r + 1] != weight[r]
+        if whole:
+            sums_segment(
+                sums, lanes, p, last, None, None, upper, source, bits, values, c0, c1, S, relu, False, C * S
+            )
+        else:
+            first = begin[r] - n * S
+            for o in range(0, length[r], CHUNK):
+                size = min(CHUNK, length[r] - o)
+                add_run(lanes, upper, source, bits, values, first + o, size, c0, c1, relu, S)
+                if last or o + size < length[r]:
+                    flush(sums, lanes, p, c1 - c0)
+        held = 0 if last else held
+
+
+@loop()
+def add_run(lanes, dy, x, mask, values, first, length, c0, c1, relu, S):
+    """Add a run of every channel to its lanes: sums of each alone take twice as long."""
+    ahead, whole = S * (1 + AHEAD // length), length & -LANES
+    for c in range(c0, c1):
+        o, i = c * S + first, (c - c0) * LANES
+        shift, scale, offset = coefficients_of(x, values, c)
+        a, b = load_lanes(lanes[0], i, None), load_lanes(lanes[1], i, None)
+        for v in range(o, o + whole, LANES):
+            g, product = sums_vector(
+                None, None, dy, x, mask, v, shift, scale, offset, relu, False, ahead, None
+            )
+            a = a + g
+            b = b + product
+        if whole < length:
+            keep = 0, length - whole
+            g, product = sums_vector(
+                None, None, dy, x, mask, o + whole, shift, scale, offset, relu, False, ahead, keep
+            )
+            a = a + g
+            b = b + product
+        store_lanes(lanes[0], i, a, None, None)
+        store_lanes(lanes[1], i, b, None, None)
+
+
+@loop()
+def flush(sums, lanes, p, channels):
+    """Add p times what every channel's lanes hold to its sums, and begin anew."""
+    for k in range(2):
+        for c in range(channels):
+            sums[k, c] += p * total(load_lanes(lanes[k], c * LANES, None))
+            for i in range(c * LANES, (c + 1) * LANES):
+                lanes[k, i] = 0
+
+
+@loop()
+def repair_run(dx, dy, x, mask, values, slopes, place, length, c0, c1, relu, C, S):
+    """Write dx in a run of every channel, with p in the slopes.
+
+    Vectors overlap, since what they write does not depend on what they find; but where a run is shorter than
+    one, its vector lies within the block's memory, and its other elements stay.
+    """
+    n = place // S
+    target, bits = sample_of(dx, n, C * S), sample_of(mask, n, mask_bytes(C, S))
+    source, upper = sample_of(x, n, C * S), sample_of(dy, n, C * S)
+    ahead, first = S * (1 + AHEAD // length), place - n * S
+    for c in range(c0, c1):
+        shift, scale, offset = coefficients_of(x, values, c)
+        k0, k1 = slopes_at(x, slopes, c - c0)
+        o = first + c * S
+        if length < LANES:
+            v = min(o, c1 * S - LANES)
+            repair_few(
+                target, upper, source, bits, v, o - v, o - v + length, shift, scale, offset, k0, k1, relu,
+                ahead,
+            )  # fmt: skip
+            continue
+        for v in range(o, o + length, LANES):
+            repair_vector(
+                target, None, upper, source, bits, min(v, o + length - LANES), 0, shift, scale, offset, k0,
+                k1, None, relu, False, ahead, None,
+            )  # fmt: skip

@@ -5,7 +5,8 @@ A sample's maps of a block are one row, with the coefficients spelled out for ea
 
 from __future__ import annotations
 
-from sbncore.cpu.channels import (
+from sbncore.cpu.elements import cast, loop, memory, sample_of, zero
+from sbncore.cpu.per_channel import (
     clear,
     find_slopes,
     find_spots,
@@ -14,13 +15,12 @@ from sbncore.cpu.channels import (
     finish_moments,
     shift_of,
 )
-from sbncore.cpu.compiled import loop
-from sbncore.cpu.elements import cast, memory, runs_in, sample_of, zero
-from sbncore.cpu.passes import add_run, flush, mask_bytes
 from sbncore.cpu.record import COUNTERS, FIRST, GIVEN, LANES, SAMPLE, SPOTS
 from sbncore.cpu.rows import add_row, normalize_row, repair_row, sum_of
-from sbncore.cpu.stores import aligned, fence
+from sbncore.cpu.runs import runs_in
+from sbncore.cpu.segments import add_run, flush, mask_bytes
 from sbncore.cpu.tasks import claim, thread_room
+from sbncore.cpu.vectors import aligned, fence
 
 FLUSH = 256  # values that are summed in float32
 

@@ -10,8 +10,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from sbncore.cpu.compiled import loop
-from sbncore.cpu.elements import pointer
+from sbncore.cpu.elements import loop, pointer
 from sbncore.cpu.record import THREAD
 
 SPINS = 1000
@@ -65,3 +64,11 @@ def wait(counters, k, count):
         spins += 1
         if spins > SPINS:
             give_way()
+
+
+@loop()
+def part_of(t, N, C, sweep, spread):
+    """The t-th task of a sweep: of which group of samples, these, and the channels."""
+    across = (C + sweep - 1) // sweep
+    g, c0 = t // across, t % across * sweep
+    return g, g * spread, min(N, (g + 1) * spread), c0, min(C, c0 + sweep)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from sbncore.cpu.compiled import loop
-from sbncore.cpu.elements import draw_at, memory
+from sbncore.cpu.elements import draw_at, loop, memory
+from sbncore.cpu.record import LANES
 
 GOLDEN, FIRST, SECOND = (
     np.uint64(word) for word in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
@@ -75,3 +75,43 @@ def whole_samples(address):
         sample = (start + (wrapped + k) % d.samples * d.stride) % d.rows
         begin[k], length[k], share[k] = (d.first + sample) * d.S, d.S, d.weight
     d.count = d.samples
+
+
+@loop(forceinline=True)
+def runs_in(r):
+    """begin, length and weight of a record's runs."""
+    shape = (r.runs,)
+    return memory(r.begin, shape, 0), memory(r.length, shape, 0), memory(r.share, shape, 0.0)
+
+
+@loop()
+def cut(r, room, begin, length, weight, longest):
+    """Runs joined where one follows the other, then cut to ``longest``, in a thread's scratch memory."""
+    size = r.capacity
+    out_begin, out_length = memory(room, (size,), 0), memory(room + 8 * size, (size,), 0)
+    out_weight = memory(room + 16 * size, (size,), 0.0)
+    pieces, k = 0, 0
+    while k < len(begin):
+        first, end, p = begin[k], begin[k] + length[k], weight[k]
+        k += 1
+        while k < len(begin) and begin[k] == end and weight[k] == p:
+            end += length[k]
+            k += 1
+        while first < end:
+            out_begin[pieces], out_length[pieces] = first, min(longest, end - first)
+            out_weight[pieces] = p
+            first += longest
+            pieces += 1
+    shape = (pieces,)
+    return (
+        memory(room, shape, 0), memory(room + 8 * size, shape, 0), memory(room + 16 * size, shape, 0.0),
+    )  # fmt: skip
+
+
+@loop()
+def lines(length):
+    """Elements in the cache lines of runs, about."""
+    elements = 0
+    for r in range(len(length)):
+        elements += length[r] + LANES
+    return elements

@@ -9,32 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sbncore.cpu.compiled import loop
-from sbncore.cpu.elements import cast, load, memory, store, vector, zero
-
-
-@loop()
-def cut(r, room, begin, length, weight, longest):
-    """Runs joined where one follows the other, then cut to ``longest``, in a thread's scratch memory."""
-    size = r.capacity
-    out_begin, out_length = memory(room, (size,), 0), memory(room + 8 * size, (size,), 0)
-    out_weight = memory(room + 16 * size, (size,), 0.0)
-    pieces, k = 0, 0
-    while k < len(begin):
-        first, end, p = begin[k], begin[k] + length[k], weight[k]
-        k += 1
-        while k < len(begin) and begin[k] == end and weight[k] == p:
-            end += length[k]
-            k += 1
-        while first < end:
-            out_begin[pieces], out_length[pieces] = first, min(longest, end - first)
-            out_weight[pieces] = p
-            first += longest
-            pieces += 1
-    shape = (pieces,)
-    return (
-        memory(room, shape, 0), memory(room + 8 * size, shape, 0), memory(room + 16 * size, shape, 0.0),
-    )  # fmt: skip
+from sbncore.cpu.elements import cast, load, loop, store, vector, zero
 
 
 @loop()
@@ -69,6 +44,14 @@ def clear(sums):
 def fill(row, value):
     for i in range(len(row)):
         row[i] = value
+
+
+@loop()
+def keep(partial, g, sums, p, c0, c1):
+    """Put a sweep's sums, times p, where `collect` finds them."""
+    for k in range(2):
+        for c in range(c0, c1):
+            partial[k, g, c] = p * sums[k, c - c0]
 
 
 @loop()
