@@ -29,9 +29,9 @@ from sbncore.cpu.per_channel import (
     shift_of,
 )
 from sbncore.cpu.record import COUNTERS, DONE, FINISHED, FIRST, GIVEN, LANES, SAMPLE, SECOND, SPOTS, THIRD
-from sbncore.cpu.rows import CHUNK, NEAR
 from sbncore.cpu.runs import lines, runs_in
 from sbncore.cpu.segments import (
+    CHUNK,
     add_runs,
     mask_bytes,
     normalize_segment,
@@ -40,9 +40,8 @@ from sbncore.cpu.segments import (
     sums_segment,
 )
 from sbncore.cpu.tasks import claim, part_of, thread_room, wait
+from sbncore.cpu.tuning import PREFETCH_DISTANCE, RUN_REPAIR_ELEMENTS
 from sbncore.cpu.vectors import aligned, fence
-
-WORTH = 100  # elements that are read twice in the time that the repair of one run takes
 
 
 @loop()
@@ -75,7 +74,10 @@ def forward(r, y, mask, x, residual, relu):
             for c in range(c0, c1):  # the same in all tasks
                 values[3, c] = shift_of(x, spots, c * S)
             clear(sums)
-            add(sums, lanes, None, None, None, x, None, values, n0, n1, c0, c1, None, False, NEAR, C, S)
+            add(
+                sums, lanes, None, None, None, x, None, values, n0, n1, c0, c1, None, False,
+                PREFETCH_DISTANCE, C, S,
+            )  # fmt: skip
             keep(partial, g, sums, weight[0] * r.times, c0, c1)
             claim(counters, DONE)
         wait(counters, DONE, tasks)
@@ -98,7 +100,7 @@ def forward(r, y, mask, x, residual, relu):
         claim(counters, FINISHED)
     if r.writes and not at_once:
         wait(counters, FINISHED, -(-C // block))
-        near = NEAR if stream else 0
+        near = PREFETCH_DISTANCE if stream else 0
         while True:
             t = claim(counters, THIRD)
             if t >= tasks:
@@ -126,7 +128,7 @@ def backward(r, dx, dresidual, dy, x, mask, relu):
     writes, sampled, summed, full = r.writes != 0, r.sums_over == SAMPLE, r.sums_over != GIVEN, r.full != 0
     stream = writes and r.stream != 0 and aligned(dx) and aligned(dresidual)
     # sums, then all of it is written
-    dense = writes and r.repairs != 0 and (full or N * S < WORTH * len(begin))
+    dense = writes and r.repairs != 0 and (full or N * S < RUN_REPAIR_ELEMENTS * len(begin))
     at_once = dense and r.cached == 0
     turn = 0 if full else 1
     weights = memory(room + r.weights, (LANES + turn * (S + LANES),), zero(x))
@@ -146,16 +148,19 @@ def backward(r, dx, dresidual, dy, x, mask, relu):
                 for n in range(n0, n1 if writes else n0):
                     write(
                         dx, dresidual, dy, x, mask, values, None, weights, turn, n, c0, c1, relu, stream,
-                        NEAR, C, S,
+                        PREFETCH_DISTANCE, C, S,
                     )  # fmt: skip
             else:
                 clear(sums)
                 if dense or not writes:
-                    add(sums, lanes, None, None, dy, x, mask, values, n0, n1, c0, c1, relu, False, NEAR, C, S)
+                    add(
+                        sums, lanes, None, None, dy, x, mask, values, n0, n1, c0, c1, relu, False,
+                        PREFETCH_DISTANCE, C, S,
+                    )  # fmt: skip
                 else:
                     add(
-                        sums, lanes, dx, dresidual, dy, x, mask, values, n0, n1, c0, c1, relu, stream, NEAR,
-                        C, S,
+                        sums, lanes, dx, dresidual, dy, x, mask, values, n0, n1, c0, c1, relu, stream,
+                        PREFETCH_DISTANCE, C, S,
                     )  # fmt: skip
                 keep(partial, g, sums, 1.0, c0, c1)
             claim(counters, DONE)
@@ -194,7 +199,7 @@ def backward(r, dx, dresidual, dy, x, mask, relu):
             _, n0, n1, c0, c1 = part_of(t, N, C, sweep, spread)
             write_all(
                 dx, dresidual, dy, x, mask, values, total, slopes, weights, turn, begin, length, weight, n0,
-                n1, c0, c1, relu, stream, NEAR, C, S,
+                n1, c0, c1, relu, stream, PREFETCH_DISTANCE, C, S,
             )  # fmt: skip
     if stream:
         fence()
@@ -224,9 +229,7 @@ def add(sums, lanes, dx, dresidual, dy, x, mask, values, n0, n1, c0, c1, relu, s
 
 
 @loop()
-def write(
-    dx, dresidual, dy, x, mask, values, slopes, p, turn, n, c0, c1, relu, stream, ahead, C, S
-):  # fmt: skip
+def write(dx, dresidual, dy, x, mask, values, slopes, p, turn, n, c0, c1, relu, stream, ahead, C, S):
     """dx and dresidual of a sample's segment; without slopes p is 0."""
     if dx is not None or dresidual is not None:
         repair_segment(
@@ -249,9 +252,7 @@ def write_all(
     for n in range(n0, n1):
         if turn > 0:
             r = spell_weights(weights, begin, length, weight, r, n, S)
-        write(
-            dx, dresidual, dy, x, mask, values, slopes, weights, turn, n, c0, c1, relu, stream, ahead, C, S
-        )
+        write(dx, dresidual, dy, x, mask, values, slopes, weights, turn, n, c0, c1, relu, stream, ahead, C, S)
 
 
 @loop()

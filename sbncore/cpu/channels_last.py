@@ -34,9 +34,10 @@ from sbncore.cpu.record import (
     THIRD,
     WRITTEN,
 )
-from sbncore.cpu.rows import NEAR, add_row, normalize_row, repair_row
+from sbncore.cpu.rows import add_row, normalize_row, repair_row
 from sbncore.cpu.runs import cut, runs_in
 from sbncore.cpu.tasks import claim, thread_room, wait
+from sbncore.cpu.tuning import PREFETCH_DISTANCE
 from sbncore.cpu.vectors import aligned, fence
 
 
@@ -74,7 +75,7 @@ def forward(r, y, mask, x, residual, relu):
     wait(counters, FINISHED, (C + BLOCK - 1) // BLOCK)
     if r.writes:
         shift, scale, offset = coefficients_in(rows, values, C)
-        near = NEAR if stream else 0
+        near = PREFETCH_DISTANCE if stream else 0
         while True:
             p0 = claim(counters, THIRD) * span
             if p0 >= N * S:
@@ -82,9 +83,8 @@ def forward(r, y, mask, x, residual, relu):
             end = min(N * S, p0 + span) * C
             for o in range(p0 * C, end, tile * C):
                 normalize_row(
-                    y, mask, x, residual, o, min(o + tile * C, end), shift, scale, offset, relu, stream,
-                    near,
-                )  # fmt: skip
+                    y, mask, x, residual, o, min(o + tile * C, end), shift, scale, offset, relu, stream, near
+                )
     if stream:
         fence()
 
@@ -143,7 +143,7 @@ def add_places(rows, dx, dresidual, dy, x, mask, shift, scale, offset, p0, p1, r
     for o in range(p0 * C, p1 * C, tile * C):
         add_row(
             (rows[3], rows[4]), dx, dresidual, dy, x, mask, o, min(o + tile * C, p1 * C), shift, scale,
-            offset, relu, stream, NEAR,
+            offset, relu, stream, PREFETCH_DISTANCE,
         )  # fmt: skip
 
 
@@ -245,6 +245,6 @@ def write(dx, dresidual, dy, x, mask, shift, scale, offset, k0, k1, p, p0, p1, r
     p = cast(x, p)
     for o in range(p0 * C, p1 * C, tile * C):
         repair_row(
-            dx, dresidual, dy, x, mask, o, min(o + tile * C, p1 * C), shift, scale, offset, k0, k1, p,
-            relu, stream, NEAR,
+            dx, dresidual, dy, x, mask, o, min(o + tile * C, p1 * C), shift, scale, offset, k0, k1, p, relu,
+            stream, PREFETCH_DISTANCE,
         )  # fmt: skip

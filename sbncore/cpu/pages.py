@@ -11,7 +11,6 @@ import sys
 from functools import cache
 from typing import Any
 
-LARGE = 4 << 20  # bytes, as NumPy has it
 _ADVICE = 14  # Linux's MADV_HUGEPAGE
 
 

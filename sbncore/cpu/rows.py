@@ -34,9 +34,6 @@ from sbncore.cpu.vectors import (
     write_bits,
 )
 
-CHUNK = 4096  # elements that are summed in float32, 16 ways
-NEAR = 512  # elements: how long before they are used those of a pass are fetched
-
 
 @loop()
 def gradient(dy, x, mask, v, i, shift, scale, offset, relu, keep):
@@ -80,9 +77,7 @@ def sums_vector(dx, dresidual, dy, x, mask, v, shift, scale, offset, relu, strea
 
 
 @loop()
-def add_vector(
-    totals, dx, dresidual, dy, x, mask, v, i, shift, scale, offset, relu, stream, ahead, keep
-):  # fmt: skip
+def add_vector(totals, dx, dresidual, dy, x, mask, v, i, shift, scale, offset, relu, stream, ahead, keep):
     fetch(dy, x, v + ahead)
     g, deviation = gradient(dy, x, mask, v, i, shift, scale, offset, relu, keep)
     if dx is not None:
@@ -143,9 +138,7 @@ def normalize_row(y, mask, x, residual, o, end, shift, scale, offset, relu, stre
     for k in range(2):
         partial, v, keep = edge(o, end, k)
         if partial:
-            normalize_vector(
-                y, mask, x, residual, v, v - o, shift, scale, offset, relu, stream, ahead, keep
-            )
+            normalize_vector(y, mask, x, residual, v, v - o, shift, scale, offset, relu, stream, ahead, keep)
 
 
 @loop()
@@ -187,9 +180,8 @@ def repair_row(dx, dresidual, dy, x, mask, o, end, shift, scale, offset, k0, k1,
     """dx = scale * g - p * (k0 + k1 * (x - shift)), or scale * g without a k0; dresidual = g."""
     for v in range((o + LANES - 1) & -LANES, end & -LANES, LANES):
         repair_vector(
-            dx, dresidual, dy, x, mask, v, v - o, shift, scale, offset, k0, k1, p, relu, stream, ahead,
-            None,
-        )  # fmt: skip
+            dx, dresidual, dy, x, mask, v, v - o, shift, scale, offset, k0, k1, p, relu, stream, ahead, None
+        )
     for k in range(2):
         partial, v, keep = edge(o, end, k)
         if partial:

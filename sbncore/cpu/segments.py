@@ -16,11 +16,11 @@ from numba.extending import overload
 
 from sbncore.cpu.elements import cast, loop, sample_of
 from sbncore.cpu.record import LANES
-from sbncore.cpu.rows import CHUNK, normalize_vector, repair_few, repair_vector, sums_vector
+from sbncore.cpu.rows import normalize_vector, repair_few, repair_vector, sums_vector
+from sbncore.cpu.tuning import LANE_TERMS, RUN_PREFETCH_DISTANCE
 from sbncore.cpu.vectors import at, blend, load_lanes, nothing, store_lanes, total, where
 
-FLUSH = CHUNK // LANES  # values that a lane sums up in float32
-AHEAD = 512  # elements: how long before they are used scattered runs are fetched
+CHUNK = LANES * LANE_TERMS
 
 
 @loop(forceinline=True)
@@ -70,9 +70,7 @@ def normalize_segment(y, mask, x, residual, values, c0, c1, S, relu, stream, ahe
 
 
 @loop()
-def sums_segment(
-    sums, lanes, p, flushes, dx, dresidual, dy, x, mask, values, c0, c1, S, relu, stream, ahead
-):  # fmt: skip
+def sums_segment(sums, lanes, p, flushes, dx, dresidual, dy, x, mask, values, c0, c1, S, relu, stream, ahead):
     """Add g and g * (x - shift) to each channel's lanes, and if it ``flushes`` p times those to its sums.
 
     dx = scale * g, dresidual = g where given. Without a dy g is x - shift.
@@ -129,9 +127,7 @@ def sums_segment(
 
 
 @loop()
-def repair_segment(
-    dx, dresidual, dy, x, mask, values, slopes, p, turn, c0, c1, S, relu, stream, ahead
-):  # fmt: skip
+def repair_segment(dx, dresidual, dy, x, mask, values, slopes, p, turn, c0, c1, S, relu, stream, ahead):
     """dx = scale * g - p * (k0 + k1 * (x - shift)), or scale * g without slopes; dresidual = g.
 
     p holds the map's positions from 16 before the first to 16 behind the last, round (``turn`` is 1), or 16
@@ -145,8 +141,8 @@ def repair_segment(
         whole = end & -LANES
         for u in range(v, whole, LANES):
             repair_vector(
-                dx, dresidual, dy, x, mask, u, (u - begin) * turn, now[0], now[1], now[2], bent[0],
-                bent[1], p, relu, stream, ahead, None,
+                dx, dresidual, dy, x, mask, u, (u - begin) * turn, now[0], now[1], now[2], bent[0], bent[1],
+                p, relu, stream, ahead, None,
             )  # fmt: skip
         v, n, k = whole, min(c + 1, c1 - 1), end - whole
         following, bending = coefficients_of(x, values, n), slopes_at(x, slopes, n - c0)
@@ -159,8 +155,8 @@ def repair_segment(
             v += LANES
         elif v < end:
             repair_vector(
-                dx, dresidual, dy, x, mask, v, (v - begin) * turn, now[0], now[1], now[2], bent[0],
-                bent[1], p, relu, stream, ahead, (0, k),
+                dx, dresidual, dy, x, mask, v, (v - begin) * turn, now[0], now[1], now[2], bent[0], bent[1],
+                p, relu, stream, ahead, (0, k),
             )  # fmt: skip
         now, bent = following, bending
 
@@ -180,7 +176,7 @@ def add_runs(sums, lanes, dy, x, mask, values, begin, length, weight, scale, rel
         source, upper = sample_of(x, n, C * S), sample_of(dy, n, C * S)
         bits = sample_of(mask, n, mask_bytes(C, S))
         held += (length[r] + LANES - 1) // LANES
-        last = held >= FLUSH or r == len(begin) - 1 or weight[r + 1] != weight[r]
+        last = held >= LANE_TERMS or r == len(begin) - 1 or weight[r + 1] != weight[r]
         if whole:
             sums_segment(
                 sums, lanes, p, last, None, None, upper, source, bits, values, c0, c1, S, relu, False, C * S
@@ -198,7 +194,7 @@ def add_runs(sums, lanes, dy, x, mask, values, begin, length, weight, scale, rel
 @loop()
 def add_run(lanes, dy, x, mask, values, first, length, c0, c1, relu, S):
     """Add a run of every channel to its lanes: sums of each alone take twice as long."""
-    ahead, whole = S * (1 + AHEAD // length), length & -LANES
+    ahead, whole = S * (1 + RUN_PREFETCH_DISTANCE // length), length & -LANES
     for c in range(c0, c1):
         o, i = c * S + first, (c - c0) * LANES
         shift, scale, offset = coefficients_of(x, values, c)
@@ -240,7 +236,7 @@ def repair_run(dx, dy, x, mask, values, slopes, place, length, c0, c1, relu, C, 
     n = place // S
     target, bits = sample_of(dx, n, C * S), sample_of(mask, n, mask_bytes(C, S))
     source, upper = sample_of(x, n, C * S), sample_of(dy, n, C * S)
-    ahead, first = S * (1 + AHEAD // length), place - n * S
+    ahead, first = S * (1 + RUN_PREFETCH_DISTANCE // length), place - n * S
     for c in range(c0, c1):
         shift, scale, offset = coefficients_of(x, values, c)
         k0, k1 = slopes_at(x, slopes, c - c0)

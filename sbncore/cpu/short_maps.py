@@ -20,9 +20,8 @@ from sbncore.cpu.rows import add_row, normalize_row, repair_row, sum_of
 from sbncore.cpu.runs import runs_in
 from sbncore.cpu.segments import add_run, flush, mask_bytes
 from sbncore.cpu.tasks import claim, thread_room
+from sbncore.cpu.tuning import LANE_TERMS
 from sbncore.cpu.vectors import aligned, fence
-
-FLUSH = 256  # values that are summed in float32
 
 
 @loop()
@@ -62,8 +61,7 @@ def forward(r, y, mask, x, residual, relu):
             for n in range(N):
                 normalize_row(
                     sample_of(y, n, C * S), sample_of(mask, n, mask_bytes(C, S)), sample_of(x, n, C * S),
-                    sample_of(residual, n, C * S), c0 * S, c1 * S, shift, scale, offset, relu, stream,
-                    C * S,
+                    sample_of(residual, n, C * S), c0 * S, c1 * S, shift, scale, offset, relu, stream, C * S,
                 )  # fmt: skip
     if stream:
         fence()
@@ -88,7 +86,7 @@ def add_runs(
         source, upper = sample_of(x, n, C * S), sample_of(dy, n, C * S)
         bits = sample_of(mask, n, mask_bytes(C, S))
         held += 1
-        last = held == FLUSH or r == len(begin) - 1
+        last = held == LANE_TERMS or r == len(begin) - 1
         last = last or weight[r + 1] != weight[r] or length[r + 1] != length[r]
         if whole:
             add_row(
@@ -151,7 +149,7 @@ def backward(r, dx, dresidual, dy, x, mask, relu):
                     sample_of(mask, n, mask_bytes(C, S)), c0 * S, c1 * S, shift, times, offset, relu, False,
                     C * S,
                 )  # fmt: skip
-                if n == N - 1 or n % FLUSH == FLUSH - 1:
+                if n == N - 1 or n % LANE_TERMS == LANE_TERMS - 1:
                     flush_rows(sums, lanes, 1.0, c1 - c0, S)
         if summed:
             finish_backward(total, sums, values, x, r, c0, c1)

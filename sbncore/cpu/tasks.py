@@ -12,8 +12,8 @@ from numba.extending import intrinsic
 
 from sbncore.cpu.elements import loop, pointer
 from sbncore.cpu.record import THREAD
+from sbncore.cpu.tuning import SPINS
 
-SPINS = 1000
 I64 = ir.IntType(64)
 
 

@@ -22,6 +22,7 @@ from numba.extending import intrinsic, lower_builtin, register_model
 
 from sbncore.cpu.elements import compute_type, narrow, pointer, widen
 from sbncore.cpu.record import LANES
+from sbncore.cpu.tuning import CACHE_LINE
 
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 FLOAT, DOUBLE = ir.FloatType(), ir.DoubleType()
@@ -260,16 +261,13 @@ def _splat(builder: Any, scalar: Any) -> Any:
     return builder.shuffle_vector(one, blank, ir.Constant(ir.VectorType(I32, LANES), None))
 
 
-STREAMED = 64  # bytes, a cache line: where an array begins whose stores are streamed, whole lines at a time
-
-
 @intrinsic
 def store_lanes(
     typingctx: Any, array: Any, index: Any, value: Any, keep: Any, stream: Any
 ) -> tuple[Any, Callable[..., Any]]:
     """Round to nearest even and write as elements from ``index`` on, past the caches if ``stream``.
 
-    A streamed store of all lanes begins at a multiple of its own size, or of STREAMED bytes. The lanes of a
+    A streamed store of all lanes begins at a multiple of its own size, or of CACHE_LINE bytes. The lanes of a
     part are written one by one, that is quicker than a masked store, and not past the caches.
     """
 
@@ -287,7 +285,7 @@ def store_lanes(
                     place = builder.bitcast(place, what.type.as_pointer())
                 store = _StreamedStore(builder.block, what, place)
                 builder._insert(store)
-                store.align = min(STREAMED, LANES * size)
+                store.align = min(CACHE_LINE, LANES * size)
                 store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(I32, 1)]))
 
         def write_all(streamed: bool) -> None:
@@ -328,7 +326,7 @@ def aligned(typingctx: Any, array: Any) -> tuple[Any, Callable[..., Any]]:
             return ir.Constant(I1, 1)
         zero = ir.Constant(context.get_value_type(types.intp), 0)
         begin = builder.ptrtoint(pointer(context, builder, array, args[0], zero), I64)
-        rest = builder.and_(begin, ir.Constant(I64, STREAMED - 1))
+        rest = builder.and_(begin, ir.Constant(I64, CACHE_LINE - 1))
         return builder.icmp_unsigned("==", rest, ir.Constant(I64, 0))
 
     return types.boolean(array), codegen
