@@ -7,8 +7,8 @@ large one is done *at once*: a block's sums and then what is written, while it i
 batch normalization reads memory once. Between the phases threads wait for each other. What a task is depends
 on the shape alone, and all sums of a channel are added in one order: results do not depend on the threads.
 
-What a pass (`sbncore.cpu.segments`) will read ``ahead`` by so many elements is fetched meanwhile: a little
-further on in a sweep, else in the next sample, since the CPU foresees no jumps.
+A pass (`sbncore.cpu.segments`) prefetches at a ``distance`` in elements: a little further on in a sweep, else
+in the next sample, since the CPU foresees no jumps.
 
 Loops fill arrays element by element: slices would take seconds more to compile.
 """
@@ -20,16 +20,16 @@ from sbncore.cpu.per_channel import (
     clear,
     collect,
     fill,
+    find_pilots,
     find_slopes,
-    find_spots,
     finish_backward,
     finish_forward,
     finish_moments,
-    keep,
     shift_of,
+    store_partial,
 )
 from sbncore.cpu.record import COUNTERS, DONE, FINISHED, FIRST, GIVEN, LANES, SAMPLE, SECOND, SPOTS, THIRD
-from sbncore.cpu.runs import lines, runs_in
+from sbncore.cpu.runs import runs_in, touched_elements
 from sbncore.cpu.segments import (
     CHUNK,
     add_runs,
@@ -39,7 +39,7 @@ from sbncore.cpu.segments import (
     repair_segment,
     sums_segment,
 )
-from sbncore.cpu.tasks import claim, part_of, thread_room, wait
+from sbncore.cpu.tasks import claim, sweep_task, thread_scratch, wait
 from sbncore.cpu.tuning import PREFETCH_DISTANCE, RUN_REPAIR_ELEMENTS
 from sbncore.cpu.vectors import aligned, fence
 
@@ -55,30 +55,31 @@ def forward(r, y, mask, x, residual, relu):
     begin, length, weight = runs_in(r)
     values, partial = memory(r.values, (6, C), 0.0), memory(r.partial, (2, r.groups, C), 0.0)
     counters = memory(r.counters, (COUNTERS,), 0)
-    room = thread_room(r, counters)
-    stream = r.stream != 0 and aligned(y)
-    at_once = r.cached == 0 and lines(length) * 2 > N * S
-    swept = r.full != 0 and not at_once
+    scratch = thread_scratch(r, counters)
+    nontemporal = r.stream != 0 and aligned(y)
+    blockwise = r.cached == 0 and touched_elements(length) * 2 > N * S
+    swept = r.full != 0 and not blockwise
     size = max(block, sweep)
-    sums, lanes = memory(room + r.sums, (2, size), 0.0), memory(room + r.lanes, (2, size * LANES), zero(x))
-    clear(lanes)
-    spots = memory(room + r.spots, (min(SPOTS, len(begin)),), 0)
-    find_spots(spots, r, begin, length, False)
+    sums = memory(scratch + r.sums, (2, size), 0.0)
+    lane_sums = memory(scratch + r.lanes, (2, size * LANES), zero(x))
+    clear(lane_sums)
+    pilots = memory(scratch + r.spots, (min(SPOTS, len(begin)),), 0)
+    find_pilots(pilots, r, begin, length, False)
     tasks = -(-C // sweep) * -(-N // spread)
     if swept:
         while True:
             t = claim(counters, FIRST)
             if t >= tasks:
                 break
-            g, n0, n1, c0, c1 = part_of(t, N, C, sweep, spread)
+            g, n0, n1, c0, c1 = sweep_task(t, N, C, sweep, spread)
             for c in range(c0, c1):  # the same in all tasks
-                values[3, c] = shift_of(x, spots, c * S)
+                values[3, c] = shift_of(x, pilots, c * S)
             clear(sums)
-            add(
-                sums, lanes, None, None, None, x, None, values, n0, n1, c0, c1, None, False,
+            add_samples(
+                sums, lane_sums, None, None, None, x, None, values, n0, n1, c0, c1, None, False,
                 PREFETCH_DISTANCE, C, S,
             )  # fmt: skip
-            keep(partial, g, sums, weight[0] * r.times, c0, c1)
+            store_partial(partial, g, sums, weight[0] * r.times, c0, c1)
             claim(counters, DONE)
         wait(counters, DONE, tasks)
     while True:
@@ -91,23 +92,25 @@ def forward(r, y, mask, x, residual, relu):
             collect(sums, partial, c0, c1)
         elif len(begin) > 0:
             for c in range(c0, c1):
-                values[3, c] = shift_of(x, spots, c * S)
-            add_runs(sums, lanes, None, x, None, values, begin, length, weight, r.times, None, c0, c1, C, S)
+                values[3, c] = shift_of(x, pilots, c * S)
+            add_runs(
+                sums, lane_sums, None, x, None, values, begin, length, weight, r.times, None, c0, c1, C, S
+            )
         finish_moments(values, sums, c0, c1)
         finish_forward(values, x, r, c0, c1)
-        if r.writes and at_once:
-            normalize(y, mask, x, residual, values, 0, N, c0, c1, relu, stream, C * S, C, S)
+        if r.writes and blockwise:
+            normalize_samples(y, mask, x, residual, values, 0, N, c0, c1, relu, nontemporal, C * S, C, S)
         claim(counters, FINISHED)
-    if r.writes and not at_once:
+    if r.writes and not blockwise:
         wait(counters, FINISHED, -(-C // block))
-        near = PREFETCH_DISTANCE if stream else 0
+        distance = PREFETCH_DISTANCE if nontemporal else 0
         while True:
             t = claim(counters, THIRD)
             if t >= tasks:
                 break
-            _, n0, n1, c0, c1 = part_of(t, N, C, sweep, spread)
-            normalize(y, mask, x, residual, values, n0, n1, c0, c1, relu, stream, near, C, S)
-    if stream:
+            _, n0, n1, c0, c1 = sweep_task(t, N, C, sweep, spread)
+            normalize_samples(y, mask, x, residual, values, n0, n1, c0, c1, relu, nontemporal, distance, C, S)
+    if nontemporal:
         fence()
 
 
@@ -124,45 +127,45 @@ def backward(r, dx, dresidual, dy, x, mask, relu):
     begin, length, weight = runs_in(r)
     values, partial = memory(r.values, (6, C), 0.0), memory(r.partial, (2, r.groups, C), 0.0)
     total, counters = memory(r.total, (2, C), 0.0), memory(r.counters, (COUNTERS,), 0)
-    room = thread_room(r, counters)
+    scratch = thread_scratch(r, counters)
     writes, sampled, summed, full = r.writes != 0, r.sums_over == SAMPLE, r.sums_over != GIVEN, r.full != 0
-    stream = writes and r.stream != 0 and aligned(dx) and aligned(dresidual)
+    nontemporal = writes and r.stream != 0 and aligned(dx) and aligned(dresidual)
     # sums, then all of it is written
     dense = writes and r.repairs != 0 and (full or N * S < RUN_REPAIR_ELEMENTS * len(begin))
-    at_once = dense and r.cached == 0
-    turn = 0 if full else 1
-    weights = memory(room + r.weights, (LANES + turn * (S + LANES),), zero(x))
+    blockwise = dense and r.cached == 0
+    p_stride = 0 if full else 1
+    weights = memory(scratch + r.weights, (LANES + p_stride * (S + LANES),), zero(x))
     fill(weights, cast(x, weight[0] if full else 0.0))
     size = max(block, sweep)
-    sums, slopes = memory(room + r.sums, (2, size), 0.0), memory(room + r.slopes, (2, size), 0.0)
-    lanes = memory(room + r.lanes, (2, size * LANES), zero(x))
-    clear(lanes)
+    sums, slopes = memory(scratch + r.sums, (2, size), 0.0), memory(scratch + r.slopes, (2, size), 0.0)
+    lane_sums = memory(scratch + r.lanes, (2, size * LANES), zero(x))
+    clear(lane_sums)
     tasks = -(-C // sweep) * -(-N // spread)
-    if not at_once and summed and (not sampled or not dense):
+    if not blockwise and summed and (not sampled or not dense):
         while True:
             t = claim(counters, FIRST)
             if t >= tasks:
                 break
-            g, n0, n1, c0, c1 = part_of(t, N, C, sweep, spread)
+            g, n0, n1, c0, c1 = sweep_task(t, N, C, sweep, spread)
             if sampled:
                 for n in range(n0, n1 if writes else n0):
-                    write(
-                        dx, dresidual, dy, x, mask, values, None, weights, turn, n, c0, c1, relu, stream,
-                        PREFETCH_DISTANCE, C, S,
+                    repair_sample(
+                        dx, dresidual, dy, x, mask, values, None, weights, p_stride, n, c0, c1, relu,
+                        nontemporal, PREFETCH_DISTANCE, C, S,
                     )  # fmt: skip
             else:
                 clear(sums)
                 if dense or not writes:
-                    add(
-                        sums, lanes, None, None, dy, x, mask, values, n0, n1, c0, c1, relu, False,
+                    add_samples(
+                        sums, lane_sums, None, None, dy, x, mask, values, n0, n1, c0, c1, relu, False,
                         PREFETCH_DISTANCE, C, S,
                     )  # fmt: skip
                 else:
-                    add(
-                        sums, lanes, dx, dresidual, dy, x, mask, values, n0, n1, c0, c1, relu, stream,
-                        PREFETCH_DISTANCE, C, S,
+                    add_samples(
+                        sums, lane_sums, dx, dresidual, dy, x, mask, values, n0, n1, c0, c1, relu,
+                        nontemporal, PREFETCH_DISTANCE, C, S,
                     )  # fmt: skip
-                keep(partial, g, sums, 1.0, c0, c1)
+                store_partial(partial, g, sums, 1.0, c0, c1)
             claim(counters, DONE)
         wait(counters, DONE, tasks)
     while True:
@@ -172,17 +175,19 @@ def backward(r, dx, dresidual, dy, x, mask, relu):
             break
         clear(sums)
         if sampled:
-            add_runs(sums, lanes, dy, x, mask, values, begin, length, weight, r.times, relu, c0, c1, C, S)
-        elif at_once and summed:
-            add(sums, lanes, None, None, dy, x, mask, values, 0, N, c0, c1, relu, False, C * S, C, S)
+            add_runs(sums, lane_sums, dy, x, mask, values, begin, length, weight, r.times, relu, c0, c1, C, S)
+        elif blockwise and summed:
+            add_samples(
+                sums, lane_sums, None, None, dy, x, mask, values, 0, N, c0, c1, relu, False, C * S, C, S
+            )
         elif summed:
             collect(sums, partial, c0, c1)
         if summed:
             finish_backward(total, sums, values, x, r, c0, c1)
-        if at_once:
-            write_all(
-                dx, dresidual, dy, x, mask, values, total, slopes, weights, turn, begin, length, weight, 0, N,
-                c0, c1, relu, stream, C * S, C, S,
+        if blockwise:
+            repair_samples(
+                dx, dresidual, dy, x, mask, values, total, slopes, weights, p_stride, begin, length, weight,
+                0, N, c0, c1, relu, nontemporal, C * S, C, S,
             )  # fmt: skip
         elif r.repairs and not dense:
             for k in range(len(begin)):
@@ -190,81 +195,88 @@ def backward(r, dx, dresidual, dy, x, mask, relu):
                     find_slopes(slopes, total, values, weight[k], c0, c1)
                 repair_run(dx, dy, x, mask, values, slopes, begin[k], length[k], c0, c1, relu, C, S)
         claim(counters, FINISHED)
-    if dense and not at_once:
+    if dense and not blockwise:
         wait(counters, FINISHED, -(-C // block))
         while True:
             t = claim(counters, THIRD)
             if t >= tasks:
                 break
-            _, n0, n1, c0, c1 = part_of(t, N, C, sweep, spread)
-            write_all(
-                dx, dresidual, dy, x, mask, values, total, slopes, weights, turn, begin, length, weight, n0,
-                n1, c0, c1, relu, stream, PREFETCH_DISTANCE, C, S,
+            _, n0, n1, c0, c1 = sweep_task(t, N, C, sweep, spread)
+            repair_samples(
+                dx, dresidual, dy, x, mask, values, total, slopes, weights, p_stride, begin, length, weight,
+                n0, n1, c0, c1, relu, nontemporal, PREFETCH_DISTANCE, C, S,
             )  # fmt: skip
-    if stream:
+    if nontemporal:
         fence()
 
 
 @loop()
-def normalize(y, mask, x, residual, values, n0, n1, c0, c1, relu, stream, ahead, C, S):
+def normalize_samples(y, mask, x, residual, values, n0, n1, c0, c1, relu, nontemporal, distance, C, S):
     """The pass that writes, over segments of samples n0 .. n1-1."""
     for n in range(n0, n1):
         normalize_segment(
             sample_of(y, n, C * S), sample_of(mask, n, mask_bytes(C, S)), sample_of(x, n, C * S),
-            sample_of(residual, n, C * S), values, c0, c1, S, relu, stream, ahead,
+            sample_of(residual, n, C * S), values, c0, c1, S, relu, nontemporal, distance,
         )  # fmt: skip
 
 
 @loop()
-def add(sums, lanes, dx, dresidual, dy, x, mask, values, n0, n1, c0, c1, relu, stream, ahead, C, S):
+def add_samples(
+    sums, lane_sums, dx, dresidual, dy, x, mask, values, n0, n1, c0, c1, relu, nontemporal, distance, C, S
+):  # fmt: skip
     """Add the sums over samples n0 .. n1-1; dx = scale * g, dresidual = g where given."""
-    often = max(1, CHUNK // S)
+    interval = max(1, CHUNK // S)
     for n in range(n0, n1):
-        last = n == n1 - 1 or (n - n0) % often == often - 1
+        last = n == n1 - 1 or (n - n0) % interval == interval - 1
         sums_segment(
-            sums, lanes, 1.0, last, sample_of(dx, n, C * S), sample_of(dresidual, n, C * S),
+            sums, lane_sums, 1.0, last, sample_of(dx, n, C * S), sample_of(dresidual, n, C * S),
             sample_of(dy, n, C * S), sample_of(x, n, C * S), sample_of(mask, n, mask_bytes(C, S)), values, c0,
-            c1, S, relu, stream, ahead,
+            c1, S, relu, nontemporal, distance,
         )  # fmt: skip
 
 
 @loop()
-def write(dx, dresidual, dy, x, mask, values, slopes, p, turn, n, c0, c1, relu, stream, ahead, C, S):
+def repair_sample(
+    dx, dresidual, dy, x, mask, values, slopes, p, p_stride, n, c0, c1, relu, nontemporal, distance, C, S
+):  # fmt: skip
     """dx and dresidual of a sample's segment; without slopes p is 0."""
     if dx is not None or dresidual is not None:
         repair_segment(
             sample_of(dx, n, C * S), sample_of(dresidual, n, C * S), sample_of(dy, n, C * S),
-            sample_of(x, n, C * S), sample_of(mask, n, mask_bytes(C, S)), values, slopes, p, turn, c0, c1, S,
-            relu, stream, ahead,
+            sample_of(x, n, C * S), sample_of(mask, n, mask_bytes(C, S)), values, slopes, p, p_stride, c0, c1,
+            S, relu, nontemporal, distance,
         )  # fmt: skip
 
 
 @loop()
-def write_all(
-    dx, dresidual, dy, x, mask, values, total, slopes, weights, turn, begin, length, weight, n0, n1, c0, c1,
-    relu, stream, ahead, C, S,
+def repair_samples(
+    dx, dresidual, dy, x, mask, values, total, slopes, weights, p_stride, begin, length, weight, n0, n1, c0,
+    c1, relu, nontemporal, distance, C, S,
 ):  # fmt: skip
     """dx and dresidual of samples n0 .. n1-1, from the sums in total."""
     find_slopes(slopes, total, values, 1.0, c0, c1)
-    r = 0
-    while r < len(begin) and begin[r] < n0 * S:
-        r += 1
+    k = 0
+    while k < len(begin) and begin[k] < n0 * S:
+        k += 1
     for n in range(n0, n1):
-        if turn > 0:
-            r = spell_weights(weights, begin, length, weight, r, n, S)
-        write(dx, dresidual, dy, x, mask, values, slopes, weights, turn, n, c0, c1, relu, stream, ahead, C, S)
+        if p_stride > 0:
+            k = expand_weights(weights, begin, length, weight, k, n, S)
+        repair_sample(
+            dx, dresidual, dy, x, mask, values, slopes, weights, p_stride, n, c0, c1, relu, nontemporal,
+            distance, C, S,
+        )  # fmt: skip
 
 
 @loop()
-def spell_weights(row, begin, length, weight, r, n, S):
-    """p of sample n as `repair_segment` takes it, from run r on; return the next sample's first run."""
+def expand_weights(row, begin, length, weight, k, n, S):
+    """p of sample n as `repair_segment` takes it, from run k on; return the next sample's first run."""
     for i in range(len(row)):
         row[i] = 0
-    while r < len(begin) and begin[r] < (n + 1) * S:
-        first = LANES + begin[r] - n * S
-        for i in range(first, first + length[r]):
-            row[i] = weight[r]
-        r += 1
+    while k < len(begin) and begin[k] < (n + 1) * S:
+        first = LANES + begin[k] - n * S
+        for i in range(first, first + length[k]):
+            row[i] = weight[k]
+        k += 1
     for i in range(LANES):  # round the map
         row[i], row[LANES + S + i] = row[S + i], row[LANES + i]
-    return r
+    return k

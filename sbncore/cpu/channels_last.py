@@ -13,8 +13,8 @@ from sbncore.cpu.elements import cast, loop, memory, zero
 from sbncore.cpu.per_channel import (
     clear,
     collect,
+    find_pilots,
     find_slopes,
-    find_spots,
     finish_backward,
     finish_forward,
     finish_moments,
@@ -35,8 +35,8 @@ from sbncore.cpu.record import (
     WRITTEN,
 )
 from sbncore.cpu.rows import add_row, normalize_row, repair_row
-from sbncore.cpu.runs import cut, runs_in
-from sbncore.cpu.tasks import claim, thread_room, wait
+from sbncore.cpu.runs import runs_in, split_runs
+from sbncore.cpu.tasks import claim, thread_scratch, wait
 from sbncore.cpu.tuning import PREFETCH_DISTANCE
 from sbncore.cpu.vectors import aligned, fence
 
@@ -47,18 +47,18 @@ def forward(r, y, mask, x, residual, relu):
     N, C, S, tile, span, tasks = r.N, r.C, r.S, r.tile, r.span, r.groups
     values, partial = memory(r.values, (6, C), 0.0), memory(r.partial, (2, tasks, C), 0.0)
     counters = memory(r.counters, (COUNTERS,), 0)
-    room = thread_room(r, counters)
-    stream = r.stream != 0 and aligned(y)
-    sums, rows = memory(room + r.sums, (2, BLOCK), 0.0), memory(room + r.rows, (5, tile * C), zero(x))
+    scratch = thread_scratch(r, counters)
+    nontemporal = r.stream != 0 and aligned(y)
+    sums, rows = memory(scratch + r.sums, (2, BLOCK), 0.0), memory(scratch + r.rows, (5, tile * C), zero(x))
     clear(rows)
     if tasks > 0:
         begin, length, _ = runs_in(r)
-        shift, spots = rows[0], memory(room + r.spots, (min(SPOTS, len(begin)),), 0)
-        find_spots(spots, r, begin, length, True)
+        shift, pilots = rows[0], memory(scratch + r.spots, (min(SPOTS, len(begin)),), 0)
+        find_pilots(pilots, r, begin, length, True)
         for c in range(C):
-            shift[c] = shift_of(x, spots, c)
+            shift[c] = shift_of(x, pilots, c)
         repeat(shift, C)
-        add_runs(r, room, partial, rows, None, x, None, shift, shift, shift, None, counters)
+        add_runs(r, scratch, partial, rows, None, x, None, shift, shift, shift, None, counters)
         wait(counters, DONE, tasks)
     while True:
         c0 = claim(counters, SECOND) * BLOCK
@@ -74,8 +74,8 @@ def forward(r, y, mask, x, residual, relu):
         claim(counters, FINISHED)
     wait(counters, FINISHED, (C + BLOCK - 1) // BLOCK)
     if r.writes:
-        shift, scale, offset = coefficients_in(rows, values, C)
-        near = PREFETCH_DISTANCE if stream else 0
+        shift, scale, offset = coefficient_rows(rows, values, C)
+        distance = PREFETCH_DISTANCE if nontemporal else 0
         while True:
             p0 = claim(counters, THIRD) * span
             if p0 >= N * S:
@@ -83,9 +83,10 @@ def forward(r, y, mask, x, residual, relu):
             end = min(N * S, p0 + span) * C
             for o in range(p0 * C, end, tile * C):
                 normalize_row(
-                    y, mask, x, residual, o, min(o + tile * C, end), shift, scale, offset, relu, stream, near
-                )
-    if stream:
+                    y, mask, x, residual, o, min(o + tile * C, end), shift, scale, offset, relu, nontemporal,
+                    distance,
+                )  # fmt: skip
+    if nontemporal:
         fence()
 
 
@@ -97,7 +98,7 @@ def repeat(row, C):
 
 
 @loop()
-def coefficients_in(rows, values, C):
+def coefficient_rows(rows, values, C):
     """The first three rows, filled with shift, scale and offset."""
     for k in range(3):
         for c in range(C):
@@ -107,26 +108,26 @@ def coefficients_in(rows, values, C):
 
 
 @loop()
-def add_runs(r, room, partial, rows, dy, x, mask, shift, scale, offset, relu, counters):
+def add_runs(r, scratch, partial, rows, dy, x, mask, shift, scale, offset, relu, counters):
     """partial[:, task] = the weighted sums of g and g * (x - shift) over the runs, times ``times``."""
     C, tile, piece, tasks = r.C, r.tile, r.piece, r.groups
-    begin, length, weight = cut(r, room + r.pieces, *runs_in(r), piece)
+    begin, length, weight = split_runs(r, scratch + r.pieces, *runs_in(r), piece)
     while True:
         t = claim(counters, FIRST)
         if t >= tasks:
             break
         clear_task(partial, t)
-        held = 0
+        pending = 0
         first, end = len(begin) * t // tasks, len(begin) * (t + 1) // tasks
         for k in range(first, end):
             add_places(
                 rows, None, None, dy, x, mask, shift, scale, offset, begin[k], begin[k] + length[k], relu,
                 False, C, tile,
             )  # fmt: skip
-            held += length[k]
-            if k == end - 1 or held + length[k + 1] > piece or weight[k + 1] != weight[k]:
-                flush(partial, t, rows, weight[k] * r.times, C, tile)
-                held = 0
+            pending += length[k]
+            if k == end - 1 or pending + length[k + 1] > piece or weight[k + 1] != weight[k]:
+                flush_rows(partial, t, rows, weight[k] * r.times, C, tile)
+                pending = 0
         claim(counters, DONE)
 
 
@@ -138,17 +139,17 @@ def clear_task(partial, t):
 
 
 @loop()
-def add_places(rows, dx, dresidual, dy, x, mask, shift, scale, offset, p0, p1, relu, stream, C, tile):
+def add_places(rows, dx, dresidual, dy, x, mask, shift, scale, offset, p0, p1, relu, nontemporal, C, tile):
     """Add g and g * (x - shift) of places to the last two rows; dx = scale * g, dresidual = g where given."""
     for o in range(p0 * C, p1 * C, tile * C):
         add_row(
             (rows[3], rows[4]), dx, dresidual, dy, x, mask, o, min(o + tile * C, p1 * C), shift, scale,
-            offset, relu, stream, PREFETCH_DISTANCE,
+            offset, relu, nontemporal, PREFETCH_DISTANCE,
         )  # fmt: skip
 
 
 @loop()
-def flush(partial, t, rows, p, C, tile):
+def flush_rows(partial, t, rows, p, C, tile):
     """Add p times the last two rows to a task's partial sums, and begin anew."""
     for k in range(2):
         for j in range(tile):
@@ -163,16 +164,16 @@ def backward(r, dx, dresidual, dy, x, mask, relu):
     N, C, S, tile, piece, span, tasks = r.N, r.C, r.S, r.tile, r.piece, r.span, r.groups
     values, partial = memory(r.values, (6, C), 0.0), memory(r.partial, (2, tasks, C), 0.0)
     total, counters = memory(r.total, (2, C), 0.0), memory(r.counters, (COUNTERS,), 0)
-    room = thread_room(r, counters)
+    scratch = thread_scratch(r, counters)
     writes, sampled = r.writes != 0, r.sums_over == SAMPLE
-    stream = writes and r.stream != 0 and aligned(dx) and aligned(dresidual)
+    nontemporal = writes and r.stream != 0 and aligned(dx) and aligned(dresidual)
     dense = writes and r.repairs != 0 and r.full != 0  # all is written behind the sums
-    sums, rows = memory(room + r.sums, (2, BLOCK), 0.0), memory(room + r.rows, (5, tile * C), zero(x))
+    sums, rows = memory(scratch + r.sums, (2, BLOCK), 0.0), memory(scratch + r.rows, (5, tile * C), zero(x))
     clear(rows)
-    shift, times, offset = coefficients_in(rows, values, C)
+    shift, scale, offset = coefficient_rows(rows, values, C)
     if r.sums_over != GIVEN:
         if sampled:
-            add_runs(r, room, partial, rows, dy, x, mask, shift, times, offset, relu, counters)
+            add_runs(r, scratch, partial, rows, dy, x, mask, shift, scale, offset, relu, counters)
         else:
             while True:
                 t = claim(counters, FIRST)
@@ -184,14 +185,14 @@ def backward(r, dx, dresidual, dy, x, mask, relu):
                     q = min(last, p + piece)
                     if dense or not writes:
                         add_places(
-                            rows, None, None, dy, x, mask, shift, times, offset, p, q, relu, False, C, tile
+                            rows, None, None, dy, x, mask, shift, scale, offset, p, q, relu, False, C, tile
                         )
                     else:
                         add_places(
-                            rows, dx, dresidual, dy, x, mask, shift, times, offset, p, q, relu, stream, C,
-                            tile,
+                            rows, dx, dresidual, dy, x, mask, shift, scale, offset, p, q, relu, nontemporal,
+                            C, tile,
                         )  # fmt: skip
-                    flush(partial, t, rows, 1.0, C, tile)
+                    flush_rows(partial, t, rows, 1.0, C, tile)
                 claim(counters, DONE)
         wait(counters, DONE, tasks)
         while True:
@@ -204,7 +205,7 @@ def backward(r, dx, dresidual, dy, x, mask, relu):
             finish_backward(total, sums, values, x, r, c0, c1)
             claim(counters, FINISHED)
         wait(counters, FINISHED, (C + BLOCK - 1) // BLOCK)
-    slopes = memory(room + r.slopes, (2, C), 0.0)
+    slopes = memory(scratch + r.slopes, (2, C), 0.0)
     find_slopes(slopes, total, values, 1.0, 0, C)
     k0, k1 = rows[3], rows[4]
     for c in range(C):
@@ -218,33 +219,35 @@ def backward(r, dx, dresidual, dy, x, mask, relu):
             if p0 >= N * S:
                 break
             p = weight[0] if dense else 0.0
-            write(
-                dx, dresidual, dy, x, mask, shift, times, offset, k0, k1, p, p0, min(N * S, p0 + span), relu,
-                stream, C, tile,
+            repair_places(
+                dx, dresidual, dy, x, mask, shift, scale, offset, k0, k1, p, p0, min(N * S, p0 + span), relu,
+                nontemporal, C, tile,
             )  # fmt: skip
             claim(counters, WRITTEN)
     if r.repairs and not dense:
         if sampled:
             wait(counters, WRITTEN, (N * S + span - 1) // span)
-        begin, length, weight = cut(r, room + r.pieces, begin, length, weight, piece)
+        begin, length, weight = split_runs(r, scratch + r.pieces, begin, length, weight, piece)
         while True:
             k = claim(counters, LAST)
             if k >= len(begin):
                 break
-            write(
-                dx, None, dy, x, mask, shift, times, offset, k0, k1, weight[k], begin[k],
+            repair_places(
+                dx, None, dy, x, mask, shift, scale, offset, k0, k1, weight[k], begin[k],
                 begin[k] + length[k], relu, False, C, tile,
             )  # fmt: skip
-    if stream:
+    if nontemporal:
         fence()
 
 
 @loop()
-def write(dx, dresidual, dy, x, mask, shift, scale, offset, k0, k1, p, p0, p1, relu, stream, C, tile):
+def repair_places(
+    dx, dresidual, dy, x, mask, shift, scale, offset, k0, k1, p, p0, p1, relu, nontemporal, C, tile
+):  # fmt: skip
     """dx = scale * g - p * (k0 + k1 * (x - shift)), dresidual = g, of some places."""
     p = cast(x, p)
     for o in range(p0 * C, p1 * C, tile * C):
         repair_row(
             dx, dresidual, dy, x, mask, o, min(o + tile * C, p1 * C), shift, scale, offset, k0, k1, p, relu,
-            stream, PREFETCH_DISTANCE,
+            nontemporal, PREFETCH_DISTANCE,
         )  # fmt: skip

@@ -119,13 +119,13 @@ def sample_of(typingctx: Any, array: Any, n: Any, size: Any) -> tuple[Any, Calla
 
 
 def _record(kind: Any) -> Any:
-    def at(typingctx: Any, address: Any) -> tuple[Any, Callable[..., Any]]:
+    def as_record(typingctx: Any, address: Any) -> tuple[Any, Callable[..., Any]]:
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             return builder.bitcast(args[0], context.get_value_type(kind))
 
         return kind(address), codegen
 
-    return intrinsic(at)
+    return intrinsic(as_record)
 
 
 record_at, draw_at = _record(RECORD), _record(DRAW)
@@ -156,7 +156,7 @@ def memory(typingctx: Any, address: Any, shape: Any, kind: Any) -> tuple[Any, Ca
 
 
 @loop(inline="always")  # without Numba's runtime no function returns an array
-def vector(address, C, kind):
+def channel_array(address, C, kind):
     """A value for each channel, or none of what is absent."""
     return memory(address, (C if address != 0 else 0,), kind)
 

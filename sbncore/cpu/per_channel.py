@@ -9,27 +9,27 @@ from __future__ import annotations
 
 import numpy as np
 
-from sbncore.cpu.elements import cast, load, loop, store, vector, zero
+from sbncore.cpu.elements import cast, channel_array, load, loop, store, zero
 
 
 @loop()
-def find_spots(spots, r, begin, length, last):
+def find_pilots(pilots, r, begin, length, last):
     """Where the first channel's values are of which its shift is made: a few, far apart."""
-    for k in range(len(spots)):
-        j = k * (len(begin) - 1) // max(1, len(spots) - 1)
+    for k in range(len(pilots)):
+        j = k * (len(begin) - 1) // max(1, len(pilots) - 1)
         place = begin[j] + length[j] // 2
-        spots[k] = place * r.C if last else place + place // r.S * (r.C - 1) * r.S
+        pilots[k] = place * r.C if last else place + place // r.S * (r.C - 1) * r.S
 
 
 @loop()
-def shift_of(x, spots, channel):
+def shift_of(x, pilots, channel):
     """The mean of a few values of the channel that is ``channel`` elements behind the first.
 
     One value would do but for an outlier; the running form keeps a constant a constant.
     """
     shift = zero(x)
-    for k in range(len(spots)):
-        shift += (load(x, spots[k] + channel) - shift) * cast(x, 1.0 / (k + 1.0))
+    for k in range(len(pilots)):
+        shift += (load(x, pilots[k] + channel) - shift) * cast(x, 1.0 / (k + 1.0))
     return shift
 
 
@@ -47,7 +47,7 @@ def fill(row, value):
 
 
 @loop()
-def keep(partial, g, sums, p, c0, c1):
+def store_partial(partial, g, sums, p, c0, c1):
     """Put a sweep's sums, times p, where `collect` finds them."""
     for k in range(2):
         for c in range(c0, c1):
@@ -80,9 +80,10 @@ def finish_moments(values, sums, c0, c1):
 def finish_forward(values, x, r, c0, c1):
     """Mix the moments of channels c0 .. c1-1 with the prior, move the running statistics, fill in values."""
     prior, eps, factor, unbiased, skip_nonfinite = r.prior, r.eps, r.factor, r.unbiased, r.skip_nonfinite
-    weight, bias = vector(r.weight, r.C, zero(x)), vector(r.bias, r.C, zero(x))
-    prior_mean, prior_var = vector(r.prior_mean, r.C, 0.0), vector(r.prior_var, r.C, 0.0)
-    running_mean, running_var = vector(r.running_mean, r.C, zero(x)), vector(r.running_var, r.C, zero(x))
+    weight, bias = channel_array(r.weight, r.C, zero(x)), channel_array(r.bias, r.C, zero(x))
+    prior_mean, prior_var = channel_array(r.prior_mean, r.C, 0.0), channel_array(r.prior_var, r.C, 0.0)
+    running_mean = channel_array(r.running_mean, r.C, zero(x))
+    running_var = channel_array(r.running_var, r.C, zero(x))
     for c in range(c0, c1):
         mean, var = values[0, c], values[1, c]
         if prior > 0:
@@ -111,7 +112,7 @@ def finish_forward(values, x, r, c0, c1):
 @loop()
 def finish_backward(total, sums, values, x, r, c0, c1):
     """total = dbias and dweight of channels c0 .. c1-1, from the sums of g and g * (x - shift)."""
-    dweight, dbias = vector(r.dweight, r.C, zero(x)), vector(r.dbias, r.C, zero(x))
+    dweight, dbias = channel_array(r.dweight, r.C, zero(x)), channel_array(r.dbias, r.C, zero(x))
     for c in range(c0, c1):
         first, second = sums[0, c - c0], sums[1, c - c0]
         rounding = values[0, c] - values[3, c]

@@ -12,7 +12,7 @@ fill whole lines. Of the first and the last vector only some lanes are kept. Row
 are cut from their first element on. A mask's bit e is the arrays' element e's; rows that are written
 together with it begin at whole words.
 
-What a pass will read ``ahead`` by so many elements is fetched meanwhile: the CPU foresees no jumps.
+What lies ``distance`` elements further on is prefetched: the CPU foresees no jumps.
 
 Arrays that may be missing, and relu, are None or not at compile time, which prunes the branches.
 """
@@ -23,35 +23,35 @@ from sbncore.cpu.elements import loop
 from sbncore.cpu.record import LANES
 from sbncore.cpu.vectors import (
     above_zero,
-    at,
     blend,
+    broadcast,
     load_lanes,
     prefetch,
     read_bits,
+    select,
     store_lanes,
-    total,
-    where,
+    sum_lanes,
     write_bits,
 )
 
 
 @loop()
-def gradient(dy, x, mask, v, i, shift, scale, offset, relu, keep):
+def gradient(dy, x, mask, v, i, shift, scale, offset, relu, active):
     """g, dy behind the activation, and x - shift; without a dy g is that too: its sums are the moments."""
-    deviation = load_lanes(x, v, keep) - at(shift, i, keep)
+    deviation = load_lanes(x, v, active) - broadcast(shift, i, active)
     if dy is None:
-        g = where(keep, deviation)
+        g = select(active, deviation)
     else:
-        g = load_lanes(dy, v, keep)
+        g = load_lanes(dy, v, active)
         if mask is not None:
-            g = where(read_bits(mask, v), g)
+            g = select(read_bits(mask, v), g)
         elif relu is not None:
-            g = where(above_zero(deviation * at(scale, i, keep) + at(offset, i, keep)), g)
+            g = select(above_zero(deviation * broadcast(scale, i, active) + broadcast(offset, i, active)), g)
     return g, deviation
 
 
 @loop()
-def edge(o, end, k):
+def partial_vector(o, end, k):
     """The first (k = 0) or last vector of a row that is written, and its lanes, if they are not all of it."""
     v = (o if k == 0 else end) & -LANES
     partial = o > v if k == 0 else end > v >= o
@@ -59,133 +59,144 @@ def edge(o, end, k):
 
 
 @loop()
-def fetch(a, b, v):
+def prefetch_inputs(a, b, v):
     if a is not None:
         prefetch(a, v)
     prefetch(b, v)
 
 
 @loop()
-def sums_vector(dx, dresidual, dy, x, mask, v, shift, scale, offset, relu, stream, ahead, keep):
-    fetch(dy, x, v + ahead)
-    g, deviation = gradient(dy, x, mask, v, 0, shift, scale, offset, relu, keep)
+def sums_vector(dx, dresidual, dy, x, mask, v, shift, scale, offset, relu, nontemporal, distance, active):
+    prefetch_inputs(dy, x, v + distance)
+    g, deviation = gradient(dy, x, mask, v, 0, shift, scale, offset, relu, active)
     if dx is not None:
-        store_lanes(dx, v, g * at(scale, 0, keep), keep, stream)
+        store_lanes(dx, v, g * broadcast(scale, 0, active), active, nontemporal)
     if dresidual is not None:
-        store_lanes(dresidual, v, g, keep, stream)
+        store_lanes(dresidual, v, g, active, nontemporal)
     return g, g * deviation
 
 
 @loop()
-def add_vector(totals, dx, dresidual, dy, x, mask, v, i, shift, scale, offset, relu, stream, ahead, keep):
-    fetch(dy, x, v + ahead)
-    g, deviation = gradient(dy, x, mask, v, i, shift, scale, offset, relu, keep)
+def add_vector(
+    row_sums, dx, dresidual, dy, x, mask, v, i, shift, scale, offset, relu, nontemporal, distance, active
+):  # fmt: skip
+    prefetch_inputs(dy, x, v + distance)
+    g, deviation = gradient(dy, x, mask, v, i, shift, scale, offset, relu, active)
     if dx is not None:
-        store_lanes(dx, v, g * at(scale, i, keep), keep, stream)
+        store_lanes(dx, v, g * broadcast(scale, i, active), active, nontemporal)
     if dresidual is not None:
-        store_lanes(dresidual, v, g, keep, stream)
-    store_lanes(totals[0], i, load_lanes(totals[0], i, keep) + g, keep, None)
-    store_lanes(totals[1], i, load_lanes(totals[1], i, keep) + g * deviation, keep, None)
+        store_lanes(dresidual, v, g, active, nontemporal)
+    store_lanes(row_sums[0], i, load_lanes(row_sums[0], i, active) + g, active, None)
+    store_lanes(row_sums[1], i, load_lanes(row_sums[1], i, active) + g * deviation, active, None)
 
 
 @loop(forceinline=True)
-def add_row(totals, dx, dresidual, dy, x, mask, o, end, shift, scale, offset, relu, stream, ahead):
-    """Add g and g * (x - shift) of each element to totals; dx = scale * g, dresidual = g where given."""
+def add_row(row_sums, dx, dresidual, dy, x, mask, o, end, shift, scale, offset, relu, nontemporal, distance):
+    """Add g and g * (x - shift) of each element to row_sums; dx = scale * g, dresidual = g where given."""
     whole = o + ((end - o) & -LANES)
     for v in range(o, whole, LANES):
         add_vector(
-            totals, dx, dresidual, dy, x, mask, v, v - o, shift, scale, offset, relu, stream, ahead, None
-        )
+            row_sums, dx, dresidual, dy, x, mask, v, v - o, shift, scale, offset, relu, nontemporal, distance,
+            None,
+        )  # fmt: skip
     if whole < end:
-        keep = 0, end - whole
+        active = 0, end - whole
         add_vector(
-            totals, dx, dresidual, dy, x, mask, whole, whole - o, shift, scale, offset, relu, stream, ahead,
-            keep,
+            row_sums, dx, dresidual, dy, x, mask, whole, whole - o, shift, scale, offset, relu, nontemporal,
+            distance, active,
         )  # fmt: skip
 
 
 @loop(forceinline=True)
-def sum_of(array, o, end):
+def sum_range(array, o, end):
     """The sum of an array's elements o .. end-1, in float64."""
     result = 0.0
     whole = o + ((end - o) & -LANES)
     for v in range(o, whole, LANES):
-        result += total(load_lanes(array, v, None))
+        result += sum_lanes(load_lanes(array, v, None))
     if whole < end:
-        result += total(load_lanes(array, whole, (0, end - whole)))
+        result += sum_lanes(load_lanes(array, whole, (0, end - whole)))
     return result
 
 
 @loop()
-def normalize_vector(y, mask, x, residual, v, i, shift, scale, offset, relu, stream, ahead, keep):
-    fetch(residual, x, v + ahead)
-    z = (load_lanes(x, v, keep) - at(shift, i, keep)) * at(scale, i, keep) + at(offset, i, keep)
+def normalize_vector(y, mask, x, residual, v, i, shift, scale, offset, relu, nontemporal, distance, active):
+    prefetch_inputs(residual, x, v + distance)
+    deviation = load_lanes(x, v, active) - broadcast(shift, i, active)
+    z = deviation * broadcast(scale, i, active) + broadcast(offset, i, active)
     if residual is not None:
-        z = z + load_lanes(residual, v, keep)
+        z = z + load_lanes(residual, v, active)
     if relu is not None:
         bits = above_zero(z)  # of a NaN too, which passes
-        z = where(bits, z)
+        z = select(bits, z)
         if mask is not None:
             write_bits(mask, v >> 4, bits)
-    store_lanes(y, v, z, keep, stream)
+    store_lanes(y, v, z, active, nontemporal)
 
 
 @loop(forceinline=True)
-def normalize_row(y, mask, x, residual, o, end, shift, scale, offset, relu, stream, ahead):
+def normalize_row(y, mask, x, residual, o, end, shift, scale, offset, relu, nontemporal, distance):
     """y = act(z), and where there is a mask the bits of z > 0."""
     for v in range((o + LANES - 1) & -LANES, end & -LANES, LANES):
-        normalize_vector(y, mask, x, residual, v, v - o, shift, scale, offset, relu, stream, ahead, None)
+        normalize_vector(
+            y, mask, x, residual, v, v - o, shift, scale, offset, relu, nontemporal, distance, None
+        )
     for k in range(2):
-        partial, v, keep = edge(o, end, k)
+        partial, v, active = partial_vector(o, end, k)
         if partial:
-            normalize_vector(y, mask, x, residual, v, v - o, shift, scale, offset, relu, stream, ahead, keep)
+            normalize_vector(
+                y, mask, x, residual, v, v - o, shift, scale, offset, relu, nontemporal, distance, active
+            )
 
 
 @loop()
-def bent_by(p, i, keep, bend):
-    """p * bend, and 0 where p is, whatever the sums have become; without a p it is in the bend."""
+def weighted(p, i, active, correction):
+    """p * correction; 0 where p is 0, even if sums are not finite. Without a p it is in the correction."""
     if p is None:
-        return bend
-    weights = at(p, i, keep)
-    return where(above_zero(weights), weights * bend)
+        return correction
+    weights = broadcast(p, i, active)
+    return select(above_zero(weights), weights * correction)
 
 
 @loop()
 def repair_vector(
-    dx, dresidual, dy, x, mask, v, i, shift, scale, offset, k0, k1, p, relu, stream, ahead, keep
+    dx, dresidual, dy, x, mask, v, i, shift, scale, offset, k0, k1, p, relu, nontemporal, distance, active
 ):  # fmt: skip
-    fetch(x, dy, v + ahead)
-    g, deviation = gradient(dy, x, mask, v, i, shift, scale, offset, relu, keep)
+    prefetch_inputs(x, dy, v + distance)
+    g, deviation = gradient(dy, x, mask, v, i, shift, scale, offset, relu, active)
     if dx is not None:
-        d = g * at(scale, i, keep)
+        d = g * broadcast(scale, i, active)
         if k0 is not None:
-            bend = at(k0, i, keep) + deviation * at(k1, i, keep)
-            d = d - bent_by(p, i, keep, bend)
-        store_lanes(dx, v, d, keep, stream)
+            correction = broadcast(k0, i, active) + deviation * broadcast(k1, i, active)
+            d = d - weighted(p, i, active, correction)
+        store_lanes(dx, v, d, active, nontemporal)
     if dresidual is not None:
-        store_lanes(dresidual, v, g, keep, stream)
+        store_lanes(dresidual, v, g, active, nontemporal)
 
 
 @loop()
-def repair_few(dx, dy, x, mask, v, first, end, shift, scale, offset, k0, k1, relu, ahead):
+def repair_few(dx, dy, x, mask, v, first, end, shift, scale, offset, k0, k1, relu, distance):
     """`repair_vector` of lanes first .. end-1, with p in k0 and k1; the others are written as they are."""
-    fetch(x, dy, v + ahead)
+    prefetch_inputs(x, dy, v + distance)
     g, deviation = gradient(dy, x, mask, v, 0, shift, scale, offset, relu, None)
-    d, before = g * at(scale, 0, None) - (k0 + deviation * k1), load_lanes(dx, v, None)
+    d, before = g * broadcast(scale, 0, None) - (k0 + deviation * k1), load_lanes(dx, v, None)
     store_lanes(dx, v, blend(first, before, blend(end, d, before)), None, None)
 
 
 @loop(forceinline=True)
-def repair_row(dx, dresidual, dy, x, mask, o, end, shift, scale, offset, k0, k1, p, relu, stream, ahead):
+def repair_row(
+    dx, dresidual, dy, x, mask, o, end, shift, scale, offset, k0, k1, p, relu, nontemporal, distance
+):  # fmt: skip
     """dx = scale * g - p * (k0 + k1 * (x - shift)), or scale * g without a k0; dresidual = g."""
     for v in range((o + LANES - 1) & -LANES, end & -LANES, LANES):
         repair_vector(
-            dx, dresidual, dy, x, mask, v, v - o, shift, scale, offset, k0, k1, p, relu, stream, ahead, None
-        )
+            dx, dresidual, dy, x, mask, v, v - o, shift, scale, offset, k0, k1, p, relu, nontemporal,
+            distance, None,
+        )  # fmt: skip
     for k in range(2):
-        partial, v, keep = edge(o, end, k)
+        partial, v, active = partial_vector(o, end, k)
         if partial:
             repair_vector(
-                dx, dresidual, dy, x, mask, v, v - o, shift, scale, offset, k0, k1, p, relu, stream, ahead,
-                keep,
+                dx, dresidual, dy, x, mask, v, v - o, shift, scale, offset, k0, k1, p, relu, nontemporal,
+                distance, active,
             )  # fmt: skip

@@ -7,7 +7,7 @@ import numpy as np
 from sbncore.cpu.elements import draw_at, loop, memory
 from sbncore.cpu.record import LANES
 
-GOLDEN, FIRST, SECOND = (
+GOLDEN, MULTIPLIER_1, MULTIPLIER_2 = (
     np.uint64(word) for word in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 )
 
@@ -15,8 +15,8 @@ GOLDEN, FIRST, SECOND = (
 @loop()
 def absorb(key, word):
     z = (np.uint64(word) ^ key) + GOLDEN
-    z = (z ^ (z >> np.uint64(30))) * FIRST
-    z = (z ^ (z >> np.uint64(27))) * SECOND
+    z = (z ^ (z >> np.uint64(30))) * MULTIPLIER_1
+    z = (z ^ (z >> np.uint64(27))) * MULTIPLIER_2
     return z ^ (z >> np.uint64(31))
 
 
@@ -85,11 +85,11 @@ def runs_in(r):
 
 
 @loop()
-def cut(r, room, begin, length, weight, longest):
+def split_runs(r, scratch, begin, length, weight, longest):
     """Runs joined where one follows the other, then cut to ``longest``, in a thread's scratch memory."""
     size = r.capacity
-    out_begin, out_length = memory(room, (size,), 0), memory(room + 8 * size, (size,), 0)
-    out_weight = memory(room + 16 * size, (size,), 0.0)
+    out_begin, out_length = memory(scratch, (size,), 0), memory(scratch + 8 * size, (size,), 0)
+    out_weight = memory(scratch + 16 * size, (size,), 0.0)
     pieces, k = 0, 0
     while k < len(begin):
         first, end, p = begin[k], begin[k] + length[k], weight[k]
@@ -104,14 +104,15 @@ def cut(r, room, begin, length, weight, longest):
             pieces += 1
     shape = (pieces,)
     return (
-        memory(room, shape, 0), memory(room + 8 * size, shape, 0), memory(room + 16 * size, shape, 0.0),
+        memory(scratch, shape, 0), memory(scratch + 8 * size, shape, 0),
+        memory(scratch + 16 * size, shape, 0.0),
     )  # fmt: skip
 
 
 @loop()
-def lines(length):
+def touched_elements(length):
     """Elements in the cache lines of runs, about."""
     elements = 0
-    for r in range(len(length)):
-        elements += length[r] + LANES
+    for k in range(len(length)):
+        elements += length[k] + LANES
     return elements

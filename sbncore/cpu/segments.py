@@ -18,7 +18,7 @@ from sbncore.cpu.elements import cast, loop, sample_of
 from sbncore.cpu.record import LANES
 from sbncore.cpu.rows import normalize_vector, repair_few, repair_vector, sums_vector
 from sbncore.cpu.tuning import LANE_TERMS, RUN_PREFETCH_DISTANCE
-from sbncore.cpu.vectors import at, blend, load_lanes, nothing, store_lanes, total, where
+from sbncore.cpu.vectors import blend, broadcast, load_lanes, select, store_lanes, sum_lanes, zeros
 
 CHUNK = LANES * LANE_TERMS
 
@@ -27,7 +27,7 @@ CHUNK = LANES * LANE_TERMS
 def coefficients_of(x, values, c):
     """shift, scale and offset of a channel."""
     shift, scale, offset = cast(x, values[3, c]), cast(x, values[4, c]), cast(x, values[5, c])
-    return at(shift, 0, None), at(scale, 0, None), at(offset, 0, None)
+    return broadcast(shift, 0, None), broadcast(scale, 0, None), broadcast(offset, 0, None)
 
 
 def slopes_at(x, slopes, k):
@@ -37,7 +37,9 @@ def slopes_at(x, slopes, k):
 @overload(slopes_at, inline="always")
 def _slopes_at(x, slopes, k):
     if isinstance(slopes, types.Array):
-        return lambda x, slopes, k: (at(cast(x, slopes[0, k]), 0, None), at(cast(x, slopes[1, k]), 0, None))
+        return lambda x, slopes, k: (
+            broadcast(cast(x, slopes[0, k]), 0, None), broadcast(cast(x, slopes[1, k]), 0, None)
+        )  # fmt: skip
     return lambda x, slopes, k: (None, None)
 
 
@@ -48,92 +50,102 @@ def blended(k, before, after):
 
 
 @loop()
-def normalize_segment(y, mask, x, residual, values, c0, c1, S, relu, stream, ahead):
+def normalize_segment(y, mask, x, residual, values, c0, c1, S, relu, nontemporal, distance):
     """y = act(z), and where there is a mask the bits of z > 0."""
-    now = coefficients_of(x, values, c0)
+    before = coefficients_of(x, values, c0)
     v, end = c0 * S, c0 * S
     for c in range(c0, c1):
         end += S
         whole = end & -LANES
         for u in range(v, whole, LANES):
-            normalize_vector(y, mask, x, residual, u, 0, now[0], now[1], now[2], relu, stream, ahead, None)
+            normalize_vector(
+                y, mask, x, residual, u, 0, before[0], before[1], before[2], relu, nontemporal, distance, None
+            )
         v = whole
-        following = coefficients_of(x, values, min(c + 1, c1 - 1))
+        after = coefficients_of(x, values, min(c + 1, c1 - 1))
         if whole < end and c + 1 < c1:
-            a, b, o = blended(end - whole, now, following)
-            normalize_vector(y, mask, x, residual, v, 0, a, b, o, relu, stream, ahead, None)
+            a, b, o = blended(end - whole, before, after)
+            normalize_vector(y, mask, x, residual, v, 0, a, b, o, relu, nontemporal, distance, None)
             v += LANES
-        now = following
+        before = after
     if v < end:
-        keep = 0, end - v
-        normalize_vector(y, mask, x, residual, v, 0, now[0], now[1], now[2], relu, stream, ahead, keep)
+        active = 0, end - v
+        normalize_vector(
+            y, mask, x, residual, v, 0, before[0], before[1], before[2], relu, nontemporal, distance, active
+        )
 
 
 @loop()
-def sums_segment(sums, lanes, p, flushes, dx, dresidual, dy, x, mask, values, c0, c1, S, relu, stream, ahead):
+def sums_segment(
+    sums, lane_sums, p, flushes, dx, dresidual, dy, x, mask, values, c0, c1, S, relu, nontemporal, distance
+):  # fmt: skip
     """Add g and g * (x - shift) to each channel's lanes, and if it ``flushes`` p times those to its sums.
 
     dx = scale * g, dresidual = g where given. Without a dy g is x - shift.
     """
-    first, second = lanes[0], lanes[1]
-    now = coefficients_of(x, values, c0)
+    first, second = lane_sums[0], lane_sums[1]
+    before = coefficients_of(x, values, c0)
     v, end = c0 * S, c0 * S
-    left, right = nothing(x), nothing(x)  # what a seam adds to the next channel
+    left, right = zeros(x), zeros(x)  # what a seam adds to the next channel
     for c in range(c0, c1):
         k = c - c0
         a, b = load_lanes(first, k * LANES, None) + left, load_lanes(second, k * LANES, None) + right
-        left, right = nothing(x), nothing(x)
+        left, right = zeros(x), zeros(x)
         end += S
         whole = end & -LANES
         while True:
             last = min(v + CHUNK, whole)
             for u in range(v, last, LANES):
                 g, product = sums_vector(
-                    dx, dresidual, dy, x, mask, u, now[0], now[1], now[2], relu, stream, ahead, None
-                )
+                    dx, dresidual, dy, x, mask, u, before[0], before[1], before[2], relu, nontemporal,
+                    distance, None,
+                )  # fmt: skip
                 a = a + g
                 b = b + product
             v = last
             if v >= whole:
                 break
-            sums[0, k] += p * total(a)
-            sums[1, k] += p * total(b)
-            a, b = nothing(x), nothing(x)
-        following = coefficients_of(x, values, min(c + 1, c1 - 1))
+            sums[0, k] += p * sum_lanes(a)
+            sums[1, k] += p * sum_lanes(b)
+            a, b = zeros(x), zeros(x)
+        after = coefficients_of(x, values, min(c + 1, c1 - 1))
         if whole < end:
-            keep = 0, end - whole
+            active = 0, end - whole
             if c + 1 < c1:
-                blend0, blend1, blend2 = blended(end - whole, now, following)
+                blend0, blend1, blend2 = blended(end - whole, before, after)
                 g, product = sums_vector(
-                    dx, dresidual, dy, x, mask, v, blend0, blend1, blend2, relu, stream, ahead, None
+                    dx, dresidual, dy, x, mask, v, blend0, blend1, blend2, relu, nontemporal, distance, None
                 )
-                rest = end - whole, LANES
-                left, right = where(rest, g), where(rest, product)
-                g, product = where(keep, g), where(keep, product)
+                next_lanes = end - whole, LANES
+                left, right = select(next_lanes, g), select(next_lanes, product)
+                g, product = select(active, g), select(active, product)
                 v += LANES
             else:
                 g, product = sums_vector(
-                    dx, dresidual, dy, x, mask, v, now[0], now[1], now[2], relu, stream, ahead, keep
-                )
+                    dx, dresidual, dy, x, mask, v, before[0], before[1], before[2], relu, nontemporal,
+                    distance, active,
+                )  # fmt: skip
             a = a + g
             b = b + product
-        now = following
+        before = after
         if flushes:
-            sums[0, k] += p * total(a)
-            sums[1, k] += p * total(b)
-            a, b = nothing(x), nothing(x)
+            sums[0, k] += p * sum_lanes(a)
+            sums[1, k] += p * sum_lanes(b)
+            a, b = zeros(x), zeros(x)
         store_lanes(first, k * LANES, a, None, None)
         store_lanes(second, k * LANES, b, None, None)
 
 
 @loop()
-def repair_segment(dx, dresidual, dy, x, mask, values, slopes, p, turn, c0, c1, S, relu, stream, ahead):
+def repair_segment(
+    dx, dresidual, dy, x, mask, values, slopes, p, p_stride, c0, c1, S, relu, nontemporal, distance
+):  # fmt: skip
     """dx = scale * g - p * (k0 + k1 * (x - shift)), or scale * g without slopes; dresidual = g.
 
-    p holds the map's positions from 16 before the first to 16 behind the last, round (``turn`` is 1), or 16
-    times what it is everywhere (0).
+    p holds the map's positions from 16 before the first to 16 behind the last, round the map's ends
+    (``p_stride`` 1), or 16 times what it is everywhere (0).
     """
-    now, bent = coefficients_of(x, values, c0), slopes_at(x, slopes, 0)
+    before, slope = coefficients_of(x, values, c0), slopes_at(x, slopes, 0)
     v, end = c0 * S, c0 * S
     for c in range(c0, c1):
         begin = end - LANES
@@ -141,24 +153,25 @@ def repair_segment(dx, dresidual, dy, x, mask, values, slopes, p, turn, c0, c1, 
         whole = end & -LANES
         for u in range(v, whole, LANES):
             repair_vector(
-                dx, dresidual, dy, x, mask, u, (u - begin) * turn, now[0], now[1], now[2], bent[0], bent[1],
-                p, relu, stream, ahead, None,
+                dx, dresidual, dy, x, mask, u, (u - begin) * p_stride, before[0], before[1], before[2],
+                slope[0], slope[1], p, relu, nontemporal, distance, None,
             )  # fmt: skip
         v, n, k = whole, min(c + 1, c1 - 1), end - whole
-        following, bending = coefficients_of(x, values, n), slopes_at(x, slopes, n - c0)
+        after, next_slope = coefficients_of(x, values, n), slopes_at(x, slopes, n - c0)
         if whole < end and c + 1 < c1:
-            shift, scale, offset = blended(k, now, following)
+            shift, scale, offset = blended(k, before, after)
             repair_vector(
-                dx, dresidual, dy, x, mask, v, (v - begin) * turn, shift, scale, offset,
-                blend(k, bent[0], bending[0]), blend(k, bent[1], bending[1]), p, relu, stream, ahead, None,
+                dx, dresidual, dy, x, mask, v, (v - begin) * p_stride, shift, scale, offset,
+                blend(k, slope[0], next_slope[0]), blend(k, slope[1], next_slope[1]), p, relu, nontemporal,
+                distance, None,
             )  # fmt: skip
             v += LANES
         elif v < end:
             repair_vector(
-                dx, dresidual, dy, x, mask, v, (v - begin) * turn, now[0], now[1], now[2], bent[0], bent[1],
-                p, relu, stream, ahead, (0, k),
+                dx, dresidual, dy, x, mask, v, (v - begin) * p_stride, before[0], before[1], before[2],
+                slope[0], slope[1], p, relu, nontemporal, distance, (0, k),
             )  # fmt: skip
-        now, bent = following, bending
+        before, slope = after, next_slope
 
 
 @loop()
@@ -168,62 +181,62 @@ def mask_bytes(C, S):
 
 
 @loop()
-def add_runs(sums, lanes, dy, x, mask, values, begin, length, weight, scale, relu, c0, c1, C, S):
-    """Add the sums of g and g * (x - shift) over the runs, each times its weight and ``scale``."""
-    held = 0  # what each lane has summed up
-    for r in range(len(begin)):
-        n, p, whole = begin[r] // S, weight[r] * scale, length[r] == S
-        source, upper = sample_of(x, n, C * S), sample_of(dy, n, C * S)
-        bits = sample_of(mask, n, mask_bytes(C, S))
-        held += (length[r] + LANES - 1) // LANES
-        last = held >= LANE_TERMS or r == len(begin) - 1 or weight[r + 1] != weight[r]
-        if whole:
+def add_runs(sums, lane_sums, dy, x, mask, values, begin, length, weight, multiplier, relu, c0, c1, C, S):
+    """Add the sums of g and g * (x - shift) over the runs, each times its weight and ``multiplier``."""
+    pending = 0  # what each lane has summed up
+    for k in range(len(begin)):
+        n, p, whole_map = begin[k] // S, weight[k] * multiplier, length[k] == S
+        x_n, dy_n = sample_of(x, n, C * S), sample_of(dy, n, C * S)
+        mask_n = sample_of(mask, n, mask_bytes(C, S))
+        pending += (length[k] + LANES - 1) // LANES
+        last = pending >= LANE_TERMS or k == len(begin) - 1 or weight[k + 1] != weight[k]
+        if whole_map:
             sums_segment(
-                sums, lanes, p, last, None, None, upper, source, bits, values, c0, c1, S, relu, False, C * S
+                sums, lane_sums, p, last, None, None, dy_n, x_n, mask_n, values, c0, c1, S, relu, False, C * S
             )
         else:
-            first = begin[r] - n * S
-            for o in range(0, length[r], CHUNK):
-                size = min(CHUNK, length[r] - o)
-                add_run(lanes, upper, source, bits, values, first + o, size, c0, c1, relu, S)
-                if last or o + size < length[r]:
-                    flush(sums, lanes, p, c1 - c0)
-        held = 0 if last else held
+            first = begin[k] - n * S
+            for o in range(0, length[k], CHUNK):
+                size = min(CHUNK, length[k] - o)
+                add_run(lane_sums, dy_n, x_n, mask_n, values, first + o, size, c0, c1, relu, S)
+                if last or o + size < length[k]:
+                    flush_lanes(sums, lane_sums, p, c1 - c0)
+        pending = 0 if last else pending
 
 
 @loop()
-def add_run(lanes, dy, x, mask, values, first, length, c0, c1, relu, S):
+def add_run(lane_sums, dy, x, mask, values, first, length, c0, c1, relu, S):
     """Add a run of every channel to its lanes: sums of each alone take twice as long."""
-    ahead, whole = S * (1 + RUN_PREFETCH_DISTANCE // length), length & -LANES
+    distance, whole = S * (1 + RUN_PREFETCH_DISTANCE // length), length & -LANES
     for c in range(c0, c1):
         o, i = c * S + first, (c - c0) * LANES
         shift, scale, offset = coefficients_of(x, values, c)
-        a, b = load_lanes(lanes[0], i, None), load_lanes(lanes[1], i, None)
+        a, b = load_lanes(lane_sums[0], i, None), load_lanes(lane_sums[1], i, None)
         for v in range(o, o + whole, LANES):
             g, product = sums_vector(
-                None, None, dy, x, mask, v, shift, scale, offset, relu, False, ahead, None
+                None, None, dy, x, mask, v, shift, scale, offset, relu, False, distance, None
             )
             a = a + g
             b = b + product
         if whole < length:
-            keep = 0, length - whole
+            active = 0, length - whole
             g, product = sums_vector(
-                None, None, dy, x, mask, o + whole, shift, scale, offset, relu, False, ahead, keep
+                None, None, dy, x, mask, o + whole, shift, scale, offset, relu, False, distance, active
             )
             a = a + g
             b = b + product
-        store_lanes(lanes[0], i, a, None, None)
-        store_lanes(lanes[1], i, b, None, None)
+        store_lanes(lane_sums[0], i, a, None, None)
+        store_lanes(lane_sums[1], i, b, None, None)
 
 
 @loop()
-def flush(sums, lanes, p, channels):
+def flush_lanes(sums, lane_sums, p, channels):
     """Add p times what every channel's lanes hold to its sums, and begin anew."""
     for k in range(2):
         for c in range(channels):
-            sums[k, c] += p * total(load_lanes(lanes[k], c * LANES, None))
+            sums[k, c] += p * sum_lanes(load_lanes(lane_sums[k], c * LANES, None))
             for i in range(c * LANES, (c + 1) * LANES):
-                lanes[k, i] = 0
+                lane_sums[k, i] = 0
 
 
 @loop()
@@ -234,9 +247,9 @@ def repair_run(dx, dy, x, mask, values, slopes, place, length, c0, c1, relu, C, 
     one, its vector lies within the block's memory, and its other elements stay.
     """
     n = place // S
-    target, bits = sample_of(dx, n, C * S), sample_of(mask, n, mask_bytes(C, S))
-    source, upper = sample_of(x, n, C * S), sample_of(dy, n, C * S)
-    ahead, first = S * (1 + RUN_PREFETCH_DISTANCE // length), place - n * S
+    dx_n, mask_n = sample_of(dx, n, C * S), sample_of(mask, n, mask_bytes(C, S))
+    x_n, dy_n = sample_of(x, n, C * S), sample_of(dy, n, C * S)
+    distance, first = S * (1 + RUN_PREFETCH_DISTANCE // length), place - n * S
     for c in range(c0, c1):
         shift, scale, offset = coefficients_of(x, values, c)
         k0, k1 = slopes_at(x, slopes, c - c0)
@@ -244,12 +257,12 @@ def repair_run(dx, dy, x, mask, values, slopes, place, length, c0, c1, relu, C, 
         if length < LANES:
             v = min(o, c1 * S - LANES)
             repair_few(
-                target, upper, source, bits, v, o - v, o - v + length, shift, scale, offset, k0, k1, relu,
-                ahead,
+                dx_n, dy_n, x_n, mask_n, v, o - v, o - v + length, shift, scale, offset, k0, k1, relu,
+                distance,
             )  # fmt: skip
             continue
         for v in range(o, o + length, LANES):
             repair_vector(
-                target, None, upper, source, bits, min(v, o + length - LANES), 0, shift, scale, offset, k0,
-                k1, None, relu, False, ahead, None,
+                dx_n, None, dy_n, x_n, mask_n, min(v, o + length - LANES), 0, shift, scale, offset, k0, k1,
+                None, relu, False, distance, None,
             )  # fmt: skip

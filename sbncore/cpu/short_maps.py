@@ -8,18 +8,18 @@ from __future__ import annotations
 from sbncore.cpu.elements import cast, loop, memory, sample_of, zero
 from sbncore.cpu.per_channel import (
     clear,
+    find_pilots,
     find_slopes,
-    find_spots,
     finish_backward,
     finish_forward,
     finish_moments,
     shift_of,
 )
 from sbncore.cpu.record import COUNTERS, FIRST, GIVEN, LANES, SAMPLE, SPOTS
-from sbncore.cpu.rows import add_row, normalize_row, repair_row, sum_of
+from sbncore.cpu.rows import add_row, normalize_row, repair_row, sum_range
 from sbncore.cpu.runs import runs_in
-from sbncore.cpu.segments import add_run, flush, mask_bytes
-from sbncore.cpu.tasks import claim, thread_room
+from sbncore.cpu.segments import add_run, flush_lanes, mask_bytes
+from sbncore.cpu.tasks import claim, thread_scratch
 from sbncore.cpu.tuning import LANE_TERMS
 from sbncore.cpu.vectors import aligned, fence
 
@@ -30,15 +30,16 @@ def forward(r, y, mask, x, residual, relu):
     N, C, S, block = r.N, r.C, r.S, r.block
     begin, length, weight = runs_in(r)
     values, counters = memory(r.values, (6, C), 0.0), memory(r.counters, (COUNTERS,), 0)
-    room = thread_room(r, counters)
-    stream = r.stream != 0 and aligned(y)
-    sums, lanes = memory(room + r.sums, (2, block), 0.0), memory(room + r.lanes, (2, block * LANES), zero(x))
-    rows = memory(room + r.rows, (3, block * S), zero(x))
-    clear(lanes)
+    scratch = thread_scratch(r, counters)
+    nontemporal = r.stream != 0 and aligned(y)
+    sums = memory(scratch + r.sums, (2, block), 0.0)
+    lane_sums = memory(scratch + r.lanes, (2, block * LANES), zero(x))
+    rows = memory(scratch + r.rows, (3, block * S), zero(x))
+    clear(lane_sums)
     clear(rows)
     shift, scale, offset = rows[0], rows[1], rows[2]
-    spots = memory(room + r.spots, (min(SPOTS, len(begin)),), 0)
-    find_spots(spots, r, begin, length, False)
+    pilots = memory(scratch + r.spots, (min(SPOTS, len(begin)),), 0)
+    find_pilots(pilots, r, begin, length, False)
     while True:
         c0 = claim(counters, FIRST) * block
         if c0 >= C:
@@ -47,28 +48,29 @@ def forward(r, y, mask, x, residual, relu):
         clear(sums)
         if len(begin) > 0:
             for c in range(c0, c1):
-                values[3, c] = shift_of(x, spots, c * S)
-            spell(shift, values[3], c0, c1, S)
+                values[3, c] = shift_of(x, pilots, c * S)
+            expand(shift, values[3], c0, c1, S)
             add_runs(
-                sums, lanes, None, x, None, values, shift, None, None, begin, length, weight, r.times, None,
-                c0, c1, C, S,
+                sums, lane_sums, None, x, None, values, shift, None, None, begin, length, weight, r.times,
+                None, c0, c1, C, S,
             )  # fmt: skip
         finish_moments(values, sums, c0, c1)
         finish_forward(values, x, r, c0, c1)
         if r.writes:
             for k in range(3):
-                spell(rows[k], values[3 + k], c0, c1, S)
+                expand(rows[k], values[3 + k], c0, c1, S)
             for n in range(N):
                 normalize_row(
                     sample_of(y, n, C * S), sample_of(mask, n, mask_bytes(C, S)), sample_of(x, n, C * S),
-                    sample_of(residual, n, C * S), c0 * S, c1 * S, shift, scale, offset, relu, stream, C * S,
+                    sample_of(residual, n, C * S), c0 * S, c1 * S, shift, scale, offset, relu, nontemporal,
+                    C * S,
                 )  # fmt: skip
-    if stream:
+    if nontemporal:
         fence()
 
 
 @loop()
-def spell(row, values, c0, c1, S):
+def expand(row, values, c0, c1, S):
     """row = a block's values, each S times over."""
     for c in range(c0, c1):
         for i in range((c - c0) * S, (c - c0 + 1) * S):
@@ -77,40 +79,41 @@ def spell(row, values, c0, c1, S):
 
 @loop()
 def add_runs(
-    sums, lanes, dy, x, mask, values, shift, scale, offset, begin, length, weight, times, relu, c0, c1, C, S
+    sums, lane_sums, dy, x, mask, values, shift, scale, offset, begin, length, weight, multiplier, relu, c0,
+    c1, C, S,
 ):  # fmt: skip
-    """Add the sums of g and g * (x - shift) over the runs, each times its weight and ``times``."""
-    held = 0  # runs not yet in sums
-    for r in range(len(begin)):
-        n, p, whole = begin[r] // S, weight[r] * times, length[r] == S
-        source, upper = sample_of(x, n, C * S), sample_of(dy, n, C * S)
-        bits = sample_of(mask, n, mask_bytes(C, S))
-        held += 1
-        last = held == LANE_TERMS or r == len(begin) - 1
-        last = last or weight[r + 1] != weight[r] or length[r + 1] != length[r]
-        if whole:
+    """Add the sums of g and g * (x - shift) over the runs, each times its weight and ``multiplier``."""
+    pending = 0  # runs not yet in sums
+    for k in range(len(begin)):
+        n, p, whole_map = begin[k] // S, weight[k] * multiplier, length[k] == S
+        x_n, dy_n = sample_of(x, n, C * S), sample_of(dy, n, C * S)
+        mask_n = sample_of(mask, n, mask_bytes(C, S))
+        pending += 1
+        last = pending == LANE_TERMS or k == len(begin) - 1
+        last = last or weight[k + 1] != weight[k] or length[k + 1] != length[k]
+        if whole_map:
             add_row(
-                (lanes[0], lanes[1]), None, None, upper, source, bits, c0 * S, c1 * S, shift, scale, offset,
-                relu, False, C * S,
+                (lane_sums[0], lane_sums[1]), None, None, dy_n, x_n, mask_n, c0 * S, c1 * S, shift, scale,
+                offset, relu, False, C * S,
             )  # fmt: skip
         else:
-            add_run(lanes, upper, source, bits, values, begin[r] - n * S, length[r], c0, c1, relu, S)
+            add_run(lane_sums, dy_n, x_n, mask_n, values, begin[k] - n * S, length[k], c0, c1, relu, S)
         if last:
-            held = 0
-            if whole:
-                flush_rows(sums, lanes, p, c1 - c0, S)
+            pending = 0
+            if whole_map:
+                flush_rows(sums, lane_sums, p, c1 - c0, S)
             else:
-                flush(sums, lanes, p, c1 - c0)
+                flush_lanes(sums, lane_sums, p, c1 - c0)
 
 
 @loop()
-def flush_rows(sums, totals, p, channels, S):
+def flush_rows(sums, row_sums, p, channels, S):
     """Add p times the totals of every channel's S elements to its sums, and begin anew."""
     for k in range(2):
         for c in range(channels):
-            sums[k, c] += p * sum_of(totals[k], c * S, (c + 1) * S)
+            sums[k, c] += p * sum_range(row_sums[k], c * S, (c + 1) * S)
             for i in range(c * S, (c + 1) * S):
-                totals[k, i] = 0
+                row_sums[k, i] = 0
 
 
 @loop()
@@ -120,15 +123,15 @@ def backward(r, dx, dresidual, dy, x, mask, relu):
     begin, length, weight = runs_in(r)
     values, total = memory(r.values, (6, C), 0.0), memory(r.total, (2, C), 0.0)
     counters = memory(r.counters, (COUNTERS,), 0)
-    room = thread_room(r, counters)
+    scratch = thread_scratch(r, counters)
     summed = r.sums_over != GIVEN
-    stream = r.writes != 0 and r.stream != 0 and aligned(dx) and aligned(dresidual)
-    sums, slopes = memory(room + r.sums, (2, block), 0.0), memory(room + r.slopes, (2, block), 0.0)
-    lanes = memory(room + r.lanes, (2, block * LANES), zero(x))
-    rows = memory(room + r.rows, (6, block * S), zero(x))
-    clear(lanes)
+    nontemporal = r.writes != 0 and r.stream != 0 and aligned(dx) and aligned(dresidual)
+    sums, slopes = memory(scratch + r.sums, (2, block), 0.0), memory(scratch + r.slopes, (2, block), 0.0)
+    lane_sums = memory(scratch + r.lanes, (2, block * LANES), zero(x))
+    rows = memory(scratch + r.rows, (6, block * S), zero(x))
+    clear(lane_sums)
     clear(rows)
-    shift, times, offset, k0, k1, p = rows[0], rows[1], rows[2], rows[3], rows[4], rows[5]
+    shift, scale, offset, k0, k1, p = rows[0], rows[1], rows[2], rows[3], rows[4], rows[5]
     while True:
         c0 = claim(counters, FIRST) * block
         if c0 >= C:
@@ -136,50 +139,50 @@ def backward(r, dx, dresidual, dy, x, mask, relu):
         c1 = min(C, c0 + block)
         clear(sums)
         for k in range(3):
-            spell(rows[k], values[3 + k], c0, c1, S)
+            expand(rows[k], values[3 + k], c0, c1, S)
         if r.sums_over == SAMPLE:
             add_runs(
-                sums, lanes, dy, x, mask, values, shift, times, offset, begin, length, weight, r.times, relu,
-                c0, c1, C, S,
+                sums, lane_sums, dy, x, mask, values, shift, scale, offset, begin, length, weight, r.times,
+                relu, c0, c1, C, S,
             )  # fmt: skip
         elif summed:
             for n in range(N):
                 add_row(
-                    (lanes[0], lanes[1]), None, None, sample_of(dy, n, C * S), sample_of(x, n, C * S),
-                    sample_of(mask, n, mask_bytes(C, S)), c0 * S, c1 * S, shift, times, offset, relu, False,
+                    (lane_sums[0], lane_sums[1]), None, None, sample_of(dy, n, C * S), sample_of(x, n, C * S),
+                    sample_of(mask, n, mask_bytes(C, S)), c0 * S, c1 * S, shift, scale, offset, relu, False,
                     C * S,
                 )  # fmt: skip
                 if n == N - 1 or n % LANE_TERMS == LANE_TERMS - 1:
-                    flush_rows(sums, lanes, 1.0, c1 - c0, S)
+                    flush_rows(sums, lane_sums, 1.0, c1 - c0, S)
         if summed:
             finish_backward(total, sums, values, x, r, c0, c1)
         if not r.writes:
             continue
         find_slopes(slopes, total, values, 1.0, c0, c1)
-        spell(k0, slopes[0], 0, c1 - c0, S)
-        spell(k1, slopes[1], 0, c1 - c0, S)
+        expand(k0, slopes[0], 0, c1 - c0, S)
+        expand(k1, slopes[1], 0, c1 - c0, S)
         k = 0
         for n in range(N):
-            k = spell_weights(p, begin, length, weight, k if r.repairs else len(begin), n, c1 - c0, S)
+            k = expand_weights(p, begin, length, weight, k if r.repairs else len(begin), n, c1 - c0, S)
             repair_row(
                 sample_of(dx, n, C * S), sample_of(dresidual, n, C * S), sample_of(dy, n, C * S),
-                sample_of(x, n, C * S), sample_of(mask, n, mask_bytes(C, S)), c0 * S, c1 * S, shift, times,
-                offset, k0, k1, p, relu, stream, C * S,
+                sample_of(x, n, C * S), sample_of(mask, n, mask_bytes(C, S)), c0 * S, c1 * S, shift, scale,
+                offset, k0, k1, p, relu, nontemporal, C * S,
             )  # fmt: skip
-    if stream:
+    if nontemporal:
         fence()
 
 
 @loop()
-def spell_weights(row, begin, length, weight, r, n, channels, S):
-    """row = p of sample n for every element of a segment, from run r on; return the next sample's first."""
+def expand_weights(row, begin, length, weight, k, n, channels, S):
+    """row = p of sample n for every element of a segment, from run k on; return the next sample's first."""
     for i in range(len(row)):
         row[i] = 0
-    while r < len(begin) and begin[r] < (n + 1) * S:
-        p = cast(row, weight[r])
+    while k < len(begin) and begin[k] < (n + 1) * S:
+        p = cast(row, weight[k])
         for c in range(channels):
-            first = c * S + begin[r] - n * S
-            for i in range(first, first + length[r]):
+            first = c * S + begin[k] - n * S
+            for i in range(first, first + length[k]):
                 row[i] = p
-        r += 1
-    return r
+        k += 1
+    return k

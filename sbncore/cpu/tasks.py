@@ -42,18 +42,18 @@ def counted(typingctx: Any, counters: Any, k: Any) -> tuple[Any, Callable[..., A
 
 
 @loop()
-def thread_room(r, counters):
+def thread_scratch(r, counters):
     """Where a thread's own scratch memory begins."""
     return r.scratch + claim(counters, THREAD) * r.scratch_size
 
 
 @loop()
-def stay():
+def no_yield():
     return 0
 
 
 # there may be more threads than cores
-give_way = types.ExternalFunction("sched_yield", types.int32()) if os.name == "posix" else stay
+yield_core = types.ExternalFunction("sched_yield", types.int32()) if os.name == "posix" else no_yield
 
 
 @loop()
@@ -63,11 +63,11 @@ def wait(counters, k, count):
     while counted(counters, k) < count:
         spins += 1
         if spins > SPINS:
-            give_way()
+            yield_core()
 
 
 @loop()
-def part_of(t, N, C, sweep, spread):
+def sweep_task(t, N, C, sweep, spread):
     """The t-th task of a sweep: of which group of samples, these, and the channels."""
     across = (C + sweep - 1) // sweep
     g, c0 = t // across, t % across * sweep

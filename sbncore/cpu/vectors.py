@@ -1,8 +1,8 @@
 """Vectors of 16 lanes, for kernels that say how they are vectorized: Numba's loops leave it to LLVM.
 
 LLVM makes of them what the CPU has: one AVX-512 register, two of AVX2, four of NEON or SSE, else scalars. The
-lanes, and so the order of sums, are the same everywhere. ``keep`` is the lanes that take part, (first, end);
-None is all of them. Streamed (non-temporal) stores do not read first what they overwrite; they fill whole
+lanes, and so the order of sums, are the same everywhere. ``active`` is the lanes that take part,
+(first, end); None is all of them. Non-temporal stores do not read first what they overwrite; they fill whole
 cache lines.
 """
 
@@ -80,23 +80,23 @@ for _function, _instruction in ((operator.add, "fadd"), (operator.sub, "fsub"), 
 _SUFFIX = {I16: "i16", FLOAT: "f32", DOUBLE: "f64"}
 
 
-def _within(builder: Any, keep: Any) -> Any:
+def _within(builder: Any, active: Any) -> Any:
     # of 32 bits: half as many comparisons
     lanes = ir.Constant(ir.VectorType(I32, LANES), [ir.Constant(I32, k) for k in range(LANES)])
-    ends = (builder.trunc(builder.extract_value(keep, k), I32) for k in range(2))
+    ends = (builder.trunc(builder.extract_value(active, k), I32) for k in range(2))
     first, end = (_splat(builder, each) for each in ends)
     begun = builder.icmp_signed(">=", lanes, first)
     return builder.and_(begun, builder.icmp_signed("<", lanes, end))
 
 
-def _load(context: Any, builder: Any, array: Any, value: Any, index: Any, keep: Any) -> Any:
+def _load(context: Any, builder: Any, array: Any, value: Any, index: Any, active: Any) -> Any:
     vector = ir.VectorType(context.get_data_type(array.dtype), LANES)
     size = array.dtype.bitwidth // 8
     place = builder.bitcast(pointer(context, builder, array, value, index), vector.as_pointer())
-    if isinstance(keep.type, ir.ArrayType):
+    if isinstance(active.type, ir.ArrayType):
         align, blank = ir.Constant(I32, size), ir.Constant(vector, None)
         name = f"llvm.masked.load.v{LANES}{_SUFFIX[vector.element]}.p0"
-        lanes = _within(builder, keep)
+        lanes = _within(builder, active)
         kind = ir.FunctionType(vector, [place.type, I32, lanes.type, vector])
         load = cgutils.get_or_insert_function(builder.module, kind, name)
         return builder.call(load, [place, align, lanes, blank])
@@ -106,17 +106,17 @@ def _load(context: Any, builder: Any, array: Any, value: Any, index: Any, keep: 
 
 
 @intrinsic
-def load_lanes(typingctx: Any, array: Any, index: Any, keep: Any) -> tuple[Any, Callable[..., Any]]:
-    """Elements from ``index`` on, widened to the type they are computed in; 0 in lanes not kept."""
+def load_lanes(typingctx: Any, array: Any, index: Any, active: Any) -> tuple[Any, Callable[..., Any]]:
+    """Elements from ``index`` on, widened to the type they are computed in; 0 in inactive lanes."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return widen(builder, array, _load(context, builder, array, *args), LANES)
 
-    return Vector(compute_type(array))(array, types.intp, keep), codegen
+    return Vector(compute_type(array))(array, types.intp, active), codegen
 
 
 @intrinsic
-def at(typingctx: Any, coefficient: Any, index: Any, keep: Any) -> tuple[Any, Callable[..., Any]]:
+def broadcast(typingctx: Any, coefficient: Any, index: Any, active: Any) -> tuple[Any, Callable[..., Any]]:
     """A channel's coefficient in all lanes, or an array's from ``index`` on; a vector is one already."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -125,7 +125,7 @@ def at(typingctx: Any, coefficient: Any, index: Any, keep: Any) -> tuple[Any, Ca
         return args[0] if isinstance(coefficient, Vector) else _splat(builder, args[0])
 
     kind = coefficient.dtype if isinstance(coefficient, types.Array | Vector) else coefficient
-    return Vector(kind)(coefficient, types.intp, keep), codegen
+    return Vector(kind)(coefficient, types.intp, active), codegen
 
 
 @intrinsic
@@ -143,7 +143,7 @@ def blend(typingctx: Any, count: Any, first: Any, second: Any) -> tuple[Any, Cal
 
 
 @intrinsic
-def nothing(typingctx: Any, array: Any) -> tuple[Any, Callable[..., Any]]:
+def zeros(typingctx: Any, array: Any) -> tuple[Any, Callable[..., Any]]:
     """0 in every lane, in the type an array's elements are computed in."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -153,8 +153,8 @@ def nothing(typingctx: Any, array: Any) -> tuple[Any, Callable[..., Any]]:
 
 
 @intrinsic
-def where(typingctx: Any, bits: Any, value: Any) -> tuple[Any, Callable[..., Any]]:
-    """The value in the lanes given, as bits or like ``keep``, and 0 in the others."""
+def select(typingctx: Any, bits: Any, value: Any) -> tuple[Any, Callable[..., Any]]:
+    """The value in the lanes given, as bits or like ``active``, and 0 in the others."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         if isinstance(bits, types.NoneType):
@@ -211,7 +211,7 @@ def write_bits(typingctx: Any, mask: Any, word: Any, bits: Any) -> tuple[Any, Ca
 
 
 @intrinsic
-def total(typingctx: Any, value: Any) -> tuple[Any, Callable[..., Any]]:
+def sum_lanes(typingctx: Any, value: Any) -> tuple[Any, Callable[..., Any]]:
     """The sum of all lanes in float64: of halves, of their halves, and so on."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -263,9 +263,9 @@ def _splat(builder: Any, scalar: Any) -> Any:
 
 @intrinsic
 def store_lanes(
-    typingctx: Any, array: Any, index: Any, value: Any, keep: Any, stream: Any
+    typingctx: Any, array: Any, index: Any, value: Any, active: Any, nontemporal: Any
 ) -> tuple[Any, Callable[..., Any]]:
-    """Round to nearest even and write as elements from ``index`` on, past the caches if ``stream``.
+    """Round to nearest even and write as elements from ``index`` on, past the caches if ``nontemporal``.
 
     A streamed store of all lanes begins at a multiple of its own size, or of CACHE_LINE bytes. The lanes of a
     part are written one by one, that is quicker than a masked store, and not past the caches.
@@ -289,7 +289,7 @@ def store_lanes(
                 store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(I32, 1)]))
 
         def write_all(streamed: bool) -> None:
-            if not isinstance(keep, types.UniTuple):
+            if not isinstance(active, types.UniTuple):
                 write(value, first, streamed)
                 return
             lanes = cgutils.alloca_once(builder, value.type)
@@ -304,7 +304,7 @@ def store_lanes(
                 one = builder.load_atomic(builder.gep(elements, [lane]), "monotonic", size)
                 write(one, cgutils.gep_inbounds(builder, first, lane), False)
 
-        if isinstance(stream, types.Boolean) and not isinstance(keep, types.UniTuple):
+        if isinstance(nontemporal, types.Boolean) and not isinstance(active, types.UniTuple):
             with builder.if_else(args[4]) as (streamed, cached):
                 with streamed:
                     write_all(True)
@@ -314,7 +314,7 @@ def store_lanes(
             write_all(False)
         return context.get_dummy_value()
 
-    return types.void(array, types.intp, Vector(compute_type(array)), keep, stream), codegen
+    return types.void(array, types.intp, Vector(compute_type(array)), active, nontemporal), codegen
 
 
 @intrinsic
@@ -326,8 +326,8 @@ def aligned(typingctx: Any, array: Any) -> tuple[Any, Callable[..., Any]]:
             return ir.Constant(I1, 1)
         zero = ir.Constant(context.get_value_type(types.intp), 0)
         begin = builder.ptrtoint(pointer(context, builder, array, args[0], zero), I64)
-        rest = builder.and_(begin, ir.Constant(I64, CACHE_LINE - 1))
-        return builder.icmp_unsigned("==", rest, ir.Constant(I64, 0))
+        misaligned = builder.and_(begin, ir.Constant(I64, CACHE_LINE - 1))
+        return builder.icmp_unsigned("==", misaligned, ir.Constant(I64, 0))
 
     return types.boolean(array), codegen
 
