@@ -12,7 +12,7 @@ import numpy as np
 
 from sbncore.arrays import STORAGE, address
 from sbncore.cpu import draws, engine, kernels, threads
-from sbncore.cpu.record import EVERYTHING, GIVEN, SAMPLE, Record
+from sbncore.cpu.record import EVERYTHING, PRECOMPUTED, SAMPLE, Record
 from sbncore.plans import Draw, Plan, Runs
 from sbncore.signature import Pointers, Scalars, Signature, step_of
 
@@ -90,7 +90,7 @@ class Call:
 
     def repair(self, at: Pointers, draw: Draw | None, stream: int | None = None) -> None:
         if self.recipe.parts:
-            self._differentiate(at, self.runs(draw), GIVEN)
+            self._differentiate(at, self.runs(draw), PRECOMPUTED)
 
     def given(self, dweight: Any, dbias: Any, rows: Any) -> tuple[Any, Any]:
         return dbias, dweight
@@ -98,7 +98,7 @@ class Call:
     def _differentiate(self, at: Pointers, runs: Runs, sums_over: int) -> None:
         drawn, repairs, room = len(runs.begin), at.dx > 0, None
         total = np.empty(2 * self.channels)
-        if sums_over != GIVEN:
+        if sums_over != PRECOMPUTED:
             at = at._replace(sums=address(total))
         if not repairs and at.dresidual:  # a kernel writes both or neither
             room = np.empty(self.elements, self.storage)
@@ -110,25 +110,32 @@ class Call:
         _, _, _, recipe, relu, residual = self.signature
         division, full = self.division, recipe.full and drawn > 0
         nbytes = self.elements * self.storage.itemsize
-        stream = writes and division.whole and nbytes >= engine.KEPT * engine.STREAM
+        nontemporal = writes and division.whole and nbytes >= engine.KEPT * engine.STREAM
         kernel = kernels.kernel(
             division.memory, "forward", self.storage.char, relu, residual, masked, drawn > 0
         )
-        choices = {"full": full, "times": self.share if drawn else 0.0, "writes": writes, "stream": stream}
+        choices = {
+            "full": full, "multiplier": self.share if drawn else 0.0, "writes": writes,
+            "nontemporal": nontemporal,
+        }  # fmt: skip
         return self._prepared(kernel, drawn, full and division.cached, choices, EVERYTHING)
 
     def _prepare_backward(
         self, drawn: int, writes: bool, residual: bool, repairs: bool, sums_over: int
     ) -> Prepared:
         layout, division = self.signature.layout, self.division
-        stream = division.whole and self.elements * self.storage.itemsize >= engine.STREAM
+        nontemporal = division.whole and self.elements * self.storage.itemsize >= engine.STREAM
         relu, masked = self.signature.relu, self.mask > 0
         kernel = kernels.kernel(
             division.memory, "backward", self.storage.char, relu, residual, masked, False
         )
-        times = {EVERYTHING: 0.0, SAMPLE: layout.N * layout.S / (1 - self.recipe.prior or 1), GIVEN: -1.0}[sums_over]
+        values = layout.N * layout.S / (1 - self.recipe.prior or 1)  # that the sums are estimated for
+        multiplier = values if sums_over == SAMPLE else 0.0
         full = self.recipe.full and drawn > 0
-        choices = {"full": full, "times": times, "writes": writes, "stream": stream, "repairs": repairs}
+        choices = {
+            "full": full, "multiplier": multiplier, "writes": writes, "nontemporal": nontemporal,
+            "repairs": repairs,
+        }  # fmt: skip
         return self._prepared(kernel, drawn, sums_over != SAMPLE, choices, sums_over)
 
     def _prepared(

@@ -28,7 +28,17 @@ from sbncore.cpu.per_channel import (
     shift_of,
     store_partial,
 )
-from sbncore.cpu.record import COUNTERS, DONE, FINISHED, FIRST, GIVEN, LANES, SAMPLE, SECOND, SPOTS, THIRD
+from sbncore.cpu.record import (
+    CHANNEL_TASK,
+    CHANNELS_DONE,
+    COUNTERS,
+    LANES,
+    PRECOMPUTED,
+    SAMPLE,
+    SUM_TASK,
+    SUMS_DONE,
+    WRITE_TASK,
+)
 from sbncore.cpu.runs import runs_in, touched_elements
 from sbncore.cpu.segments import (
     CHUNK,
@@ -39,8 +49,8 @@ from sbncore.cpu.segments import (
     repair_segment,
     sums_segment,
 )
-from sbncore.cpu.tasks import claim, sweep_task, thread_scratch, wait
-from sbncore.cpu.tuning import PREFETCH_DISTANCE, RUN_REPAIR_ELEMENTS
+from sbncore.cpu.tasks import increment, sweep_task, thread_scratch, wait
+from sbncore.cpu.tuning import PILOTS, PREFETCH_DISTANCE, RUN_REPAIR_ELEMENTS
 from sbncore.cpu.vectors import aligned, fence
 
 
@@ -48,27 +58,27 @@ from sbncore.cpu.vectors import aligned, fence
 def forward(r, y, mask, x, residual, relu):
     """y = act(z), where a mask is given the bits of z > 0; the statistics in values and the running ones.
 
-    The statistics are of the runs, whose weights sum to 1 / ``times``, ``full`` where they are everything;
-    without runs they are the prior's. Unless it ``writes`` nothing is normalized.
+    The statistics are of the runs, whose weights sum to 1 / ``multiplier``, ``full`` where they are
+    everything; without runs they are the prior's. Unless it ``writes`` nothing is normalized.
     """
     N, C, S, block, sweep, spread = r.N, r.C, r.S, r.block, r.sweep, r.spread
     begin, length, weight = runs_in(r)
     values, partial = memory(r.values, (6, C), 0.0), memory(r.partial, (2, r.groups, C), 0.0)
     counters = memory(r.counters, (COUNTERS,), 0)
     scratch = thread_scratch(r, counters)
-    nontemporal = r.stream != 0 and aligned(y)
+    nontemporal = r.nontemporal != 0 and aligned(y)
     blockwise = r.cached == 0 and touched_elements(length) * 2 > N * S
     swept = r.full != 0 and not blockwise
     size = max(block, sweep)
     sums = memory(scratch + r.sums, (2, size), 0.0)
-    lane_sums = memory(scratch + r.lanes, (2, size * LANES), zero(x))
+    lane_sums = memory(scratch + r.lane_sums, (2, size * LANES), zero(x))
     clear(lane_sums)
-    pilots = memory(scratch + r.spots, (min(SPOTS, len(begin)),), 0)
+    pilots = memory(scratch + r.pilots, (min(PILOTS, len(begin)),), 0)
     find_pilots(pilots, r, begin, length, False)
     tasks = -(-C // sweep) * -(-N // spread)
     if swept:
         while True:
-            t = claim(counters, FIRST)
+            t = increment(counters, SUM_TASK)
             if t >= tasks:
                 break
             g, n0, n1, c0, c1 = sweep_task(t, N, C, sweep, spread)
@@ -79,11 +89,11 @@ def forward(r, y, mask, x, residual, relu):
                 sums, lane_sums, None, None, None, x, None, values, n0, n1, c0, c1, None, False,
                 PREFETCH_DISTANCE, C, S,
             )  # fmt: skip
-            store_partial(partial, g, sums, weight[0] * r.times, c0, c1)
-            claim(counters, DONE)
-        wait(counters, DONE, tasks)
+            store_partial(partial, g, sums, weight[0] * r.multiplier, c0, c1)
+            increment(counters, SUMS_DONE)
+        wait(counters, SUMS_DONE, tasks)
     while True:
-        t = claim(counters, SECOND)
+        t = increment(counters, CHANNEL_TASK)
         c0, c1 = t * block, min(C, (t + 1) * block)
         if c0 >= C:
             break
@@ -94,18 +104,19 @@ def forward(r, y, mask, x, residual, relu):
             for c in range(c0, c1):
                 values[3, c] = shift_of(x, pilots, c * S)
             add_runs(
-                sums, lane_sums, None, x, None, values, begin, length, weight, r.times, None, c0, c1, C, S
-            )
+                sums, lane_sums, None, x, None, values, begin, length, weight, r.multiplier, None, c0, c1, C,
+                S,
+            )  # fmt: skip
         finish_moments(values, sums, c0, c1)
         finish_forward(values, x, r, c0, c1)
         if r.writes and blockwise:
             normalize_samples(y, mask, x, residual, values, 0, N, c0, c1, relu, nontemporal, C * S, C, S)
-        claim(counters, FINISHED)
+        increment(counters, CHANNELS_DONE)
     if r.writes and not blockwise:
-        wait(counters, FINISHED, -(-C // block))
+        wait(counters, CHANNELS_DONE, -(-C // block))
         distance = PREFETCH_DISTANCE if nontemporal else 0
         while True:
-            t = claim(counters, THIRD)
+            t = increment(counters, WRITE_TASK)
             if t >= tasks:
                 break
             _, n0, n1, c0, c1 = sweep_task(t, N, C, sweep, spread)
@@ -118,7 +129,7 @@ def forward(r, y, mask, x, residual, relu):
 def backward(r, dx, dresidual, dy, x, mask, relu):
     """dx = scale * g - p * (k0 + k1 * (x - shift)), where p is not 0 only in the runs; dresidual = g.
 
-    The two sums, dbias and dweight, are over everything, or over the runs, times ``times``. If they are
+    The two sums, dbias and dweight, are over everything, or over the runs, times ``multiplier``. If they are
     given, in ``total``, dx, which is scale * g, is made right. ``repairs`` says whether a gradient flows
     through the statistics, ``full`` whether the runs are everything. ``partial`` is for the sums of a sweep's
     tasks.
@@ -128,8 +139,9 @@ def backward(r, dx, dresidual, dy, x, mask, relu):
     values, partial = memory(r.values, (6, C), 0.0), memory(r.partial, (2, r.groups, C), 0.0)
     total, counters = memory(r.total, (2, C), 0.0), memory(r.counters, (COUNTERS,), 0)
     scratch = thread_scratch(r, counters)
-    writes, sampled, summed, full = r.writes != 0, r.sums_over == SAMPLE, r.sums_over != GIVEN, r.full != 0
-    nontemporal = writes and r.stream != 0 and aligned(dx) and aligned(dresidual)
+    writes, full = r.writes != 0, r.full != 0
+    sampled, summed = r.sums_over == SAMPLE, r.sums_over != PRECOMPUTED
+    nontemporal = writes and r.nontemporal != 0 and aligned(dx) and aligned(dresidual)
     # sums, then all of it is written
     dense = writes and r.repairs != 0 and (full or N * S < RUN_REPAIR_ELEMENTS * len(begin))
     blockwise = dense and r.cached == 0
@@ -138,12 +150,12 @@ def backward(r, dx, dresidual, dy, x, mask, relu):
     fill(weights, cast(x, weight[0] if full else 0.0))
     size = max(block, sweep)
     sums, slopes = memory(scratch + r.sums, (2, size), 0.0), memory(scratch + r.slopes, (2, size), 0.0)
-    lane_sums = memory(scratch + r.lanes, (2, size * LANES), zero(x))
+    lane_sums = memory(scratch + r.lane_sums, (2, size * LANES), zero(x))
     clear(lane_sums)
     tasks = -(-C // sweep) * -(-N // spread)
     if not blockwise and summed and (not sampled or not dense):
         while True:
-            t = claim(counters, FIRST)
+            t = increment(counters, SUM_TASK)
             if t >= tasks:
                 break
             g, n0, n1, c0, c1 = sweep_task(t, N, C, sweep, spread)
@@ -166,16 +178,18 @@ def backward(r, dx, dresidual, dy, x, mask, relu):
                         nontemporal, PREFETCH_DISTANCE, C, S,
                     )  # fmt: skip
                 store_partial(partial, g, sums, 1.0, c0, c1)
-            claim(counters, DONE)
-        wait(counters, DONE, tasks)
+            increment(counters, SUMS_DONE)
+        wait(counters, SUMS_DONE, tasks)
     while True:
-        t = claim(counters, SECOND)
+        t = increment(counters, CHANNEL_TASK)
         c0, c1 = t * block, min(C, (t + 1) * block)
         if c0 >= C:
             break
         clear(sums)
         if sampled:
-            add_runs(sums, lane_sums, dy, x, mask, values, begin, length, weight, r.times, relu, c0, c1, C, S)
+            add_runs(
+                sums, lane_sums, dy, x, mask, values, begin, length, weight, r.multiplier, relu, c0, c1, C, S
+            )
         elif blockwise and summed:
             add_samples(
                 sums, lane_sums, None, None, dy, x, mask, values, 0, N, c0, c1, relu, False, C * S, C, S
@@ -194,11 +208,11 @@ def backward(r, dx, dresidual, dy, x, mask, relu):
                 if k == 0 or weight[k] != weight[k - 1]:
                     find_slopes(slopes, total, values, weight[k], c0, c1)
                 repair_run(dx, dy, x, mask, values, slopes, begin[k], length[k], c0, c1, relu, C, S)
-        claim(counters, FINISHED)
+        increment(counters, CHANNELS_DONE)
     if dense and not blockwise:
-        wait(counters, FINISHED, -(-C // block))
+        wait(counters, CHANNELS_DONE, -(-C // block))
         while True:
-            t = claim(counters, THIRD)
+            t = increment(counters, WRITE_TASK)
             if t >= tasks:
                 break
             _, n0, n1, c0, c1 = sweep_task(t, N, C, sweep, spread)

@@ -21,23 +21,21 @@ from sbncore.cpu.per_channel import (
     shift_of,
 )
 from sbncore.cpu.record import (
-    BLOCK,
+    CHANNEL_TASK,
+    CHANNELS_DONE,
     COUNTERS,
-    DONE,
-    FINISHED,
-    FIRST,
-    GIVEN,
-    LAST,
+    PRECOMPUTED,
+    REPAIR_TASK,
     SAMPLE,
-    SECOND,
-    SPOTS,
-    THIRD,
-    WRITTEN,
+    SUM_TASK,
+    SUMS_DONE,
+    WRITE_TASK,
+    WRITES_DONE,
 )
 from sbncore.cpu.rows import add_row, normalize_row, repair_row
 from sbncore.cpu.runs import runs_in, split_runs
-from sbncore.cpu.tasks import claim, thread_scratch, wait
-from sbncore.cpu.tuning import PREFETCH_DISTANCE
+from sbncore.cpu.tasks import increment, thread_scratch, wait
+from sbncore.cpu.tuning import CHANNEL_BLOCK, PILOTS, PREFETCH_DISTANCE
 from sbncore.cpu.vectors import aligned, fence
 
 
@@ -48,36 +46,37 @@ def forward(r, y, mask, x, residual, relu):
     values, partial = memory(r.values, (6, C), 0.0), memory(r.partial, (2, tasks, C), 0.0)
     counters = memory(r.counters, (COUNTERS,), 0)
     scratch = thread_scratch(r, counters)
-    nontemporal = r.stream != 0 and aligned(y)
-    sums, rows = memory(scratch + r.sums, (2, BLOCK), 0.0), memory(scratch + r.rows, (5, tile * C), zero(x))
+    nontemporal = r.nontemporal != 0 and aligned(y)
+    sums = memory(scratch + r.sums, (2, CHANNEL_BLOCK), 0.0)
+    rows = memory(scratch + r.rows, (5, tile * C), zero(x))
     clear(rows)
     if tasks > 0:
         begin, length, _ = runs_in(r)
-        shift, pilots = rows[0], memory(scratch + r.spots, (min(SPOTS, len(begin)),), 0)
+        shift, pilots = rows[0], memory(scratch + r.pilots, (min(PILOTS, len(begin)),), 0)
         find_pilots(pilots, r, begin, length, True)
         for c in range(C):
             shift[c] = shift_of(x, pilots, c)
         repeat(shift, C)
         add_runs(r, scratch, partial, rows, None, x, None, shift, shift, shift, None, counters)
-        wait(counters, DONE, tasks)
+        wait(counters, SUMS_DONE, tasks)
     while True:
-        c0 = claim(counters, SECOND) * BLOCK
+        c0 = increment(counters, CHANNEL_TASK) * CHANNEL_BLOCK
         if c0 >= C:
             break
-        c1 = min(C, c0 + BLOCK)
+        c1 = min(C, c0 + CHANNEL_BLOCK)
         clear(sums)
         collect(sums, partial, c0, c1)
         for c in range(c0, c1):
             values[3, c] = rows[0, c]
         finish_moments(values, sums, c0, c1)
         finish_forward(values, x, r, c0, c1)
-        claim(counters, FINISHED)
-    wait(counters, FINISHED, (C + BLOCK - 1) // BLOCK)
+        increment(counters, CHANNELS_DONE)
+    wait(counters, CHANNELS_DONE, (C + CHANNEL_BLOCK - 1) // CHANNEL_BLOCK)
     if r.writes:
         shift, scale, offset = coefficient_rows(rows, values, C)
         distance = PREFETCH_DISTANCE if nontemporal else 0
         while True:
-            p0 = claim(counters, THIRD) * span
+            p0 = increment(counters, WRITE_TASK) * span
             if p0 >= N * S:
                 break
             end = min(N * S, p0 + span) * C
@@ -109,11 +108,11 @@ def coefficient_rows(rows, values, C):
 
 @loop()
 def add_runs(r, scratch, partial, rows, dy, x, mask, shift, scale, offset, relu, counters):
-    """partial[:, task] = the weighted sums of g and g * (x - shift) over the runs, times ``times``."""
+    """partial[:, task] = the weighted sums of g and g * (x - shift) over the runs, times ``multiplier``."""
     C, tile, piece, tasks = r.C, r.tile, r.piece, r.groups
     begin, length, weight = split_runs(r, scratch + r.pieces, *runs_in(r), piece)
     while True:
-        t = claim(counters, FIRST)
+        t = increment(counters, SUM_TASK)
         if t >= tasks:
             break
         clear_task(partial, t)
@@ -126,9 +125,9 @@ def add_runs(r, scratch, partial, rows, dy, x, mask, shift, scale, offset, relu,
             )  # fmt: skip
             pending += length[k]
             if k == end - 1 or pending + length[k + 1] > piece or weight[k + 1] != weight[k]:
-                flush_rows(partial, t, rows, weight[k] * r.times, C, tile)
+                flush_rows(partial, t, rows, weight[k] * r.multiplier, C, tile)
                 pending = 0
-        claim(counters, DONE)
+        increment(counters, SUMS_DONE)
 
 
 @loop()
@@ -166,17 +165,18 @@ def backward(r, dx, dresidual, dy, x, mask, relu):
     total, counters = memory(r.total, (2, C), 0.0), memory(r.counters, (COUNTERS,), 0)
     scratch = thread_scratch(r, counters)
     writes, sampled = r.writes != 0, r.sums_over == SAMPLE
-    nontemporal = writes and r.stream != 0 and aligned(dx) and aligned(dresidual)
+    nontemporal = writes and r.nontemporal != 0 and aligned(dx) and aligned(dresidual)
     dense = writes and r.repairs != 0 and r.full != 0  # all is written behind the sums
-    sums, rows = memory(scratch + r.sums, (2, BLOCK), 0.0), memory(scratch + r.rows, (5, tile * C), zero(x))
+    sums = memory(scratch + r.sums, (2, CHANNEL_BLOCK), 0.0)
+    rows = memory(scratch + r.rows, (5, tile * C), zero(x))
     clear(rows)
     shift, scale, offset = coefficient_rows(rows, values, C)
-    if r.sums_over != GIVEN:
+    if r.sums_over != PRECOMPUTED:
         if sampled:
             add_runs(r, scratch, partial, rows, dy, x, mask, shift, scale, offset, relu, counters)
         else:
             while True:
-                t = claim(counters, FIRST)
+                t = increment(counters, SUM_TASK)
                 if t >= tasks:
                     break
                 clear_task(partial, t)
@@ -193,18 +193,18 @@ def backward(r, dx, dresidual, dy, x, mask, relu):
                             C, tile,
                         )  # fmt: skip
                     flush_rows(partial, t, rows, 1.0, C, tile)
-                claim(counters, DONE)
-        wait(counters, DONE, tasks)
+                increment(counters, SUMS_DONE)
+        wait(counters, SUMS_DONE, tasks)
         while True:
-            c0 = claim(counters, SECOND) * BLOCK
+            c0 = increment(counters, CHANNEL_TASK) * CHANNEL_BLOCK
             if c0 >= C:
                 break
-            c1 = min(C, c0 + BLOCK)
+            c1 = min(C, c0 + CHANNEL_BLOCK)
             clear(sums)
             collect(sums, partial, c0, c1)
             finish_backward(total, sums, values, x, r, c0, c1)
-            claim(counters, FINISHED)
-        wait(counters, FINISHED, (C + BLOCK - 1) // BLOCK)
+            increment(counters, CHANNELS_DONE)
+        wait(counters, CHANNELS_DONE, (C + CHANNEL_BLOCK - 1) // CHANNEL_BLOCK)
     slopes = memory(scratch + r.slopes, (2, C), 0.0)
     find_slopes(slopes, total, values, 1.0, 0, C)
     k0, k1 = rows[3], rows[4]
@@ -215,7 +215,7 @@ def backward(r, dx, dresidual, dy, x, mask, relu):
     begin, length, weight = runs_in(r)
     if dense or (sampled and writes):
         while True:
-            p0 = claim(counters, THIRD) * span
+            p0 = increment(counters, WRITE_TASK) * span
             if p0 >= N * S:
                 break
             p = weight[0] if dense else 0.0
@@ -223,13 +223,13 @@ def backward(r, dx, dresidual, dy, x, mask, relu):
                 dx, dresidual, dy, x, mask, shift, scale, offset, k0, k1, p, p0, min(N * S, p0 + span), relu,
                 nontemporal, C, tile,
             )  # fmt: skip
-            claim(counters, WRITTEN)
+            increment(counters, WRITES_DONE)
     if r.repairs and not dense:
         if sampled:
-            wait(counters, WRITTEN, (N * S + span - 1) // span)
+            wait(counters, WRITES_DONE, (N * S + span - 1) // span)
         begin, length, weight = split_runs(r, scratch + r.pieces, begin, length, weight, piece)
         while True:
-            k = claim(counters, LAST)
+            k = increment(counters, REPAIR_TASK)
             if k >= len(begin):
                 break
             repair_places(

@@ -9,7 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from sbncore.cpu import threads
-from sbncore.cpu.record import BLOCK, LANES, SPOTS, Record
+from sbncore.cpu.record import LANES, Record
+from sbncore.cpu.tuning import CHANNEL_BLOCK, PILOTS
 from sbncore.layout import Layout
 
 SEGMENT, SHORT_SEGMENT = 65536, 2048  # elements of a sample that a task goes over at once, channels-first
@@ -101,7 +102,7 @@ class First(Engine):
         size, cuts = max(block, sweep), {"block": block, "sweep": sweep, "spread": spread}
         sums, rows = 16 * size, 8 * 6 * block * S if S < LANES else 0
         self.prepare(
-            cuts, spots=8 * SPOTS, sums=sums, slopes=sums, lanes=LANES * sums, rows=rows,
+            cuts, pilots=8 * PILOTS, sums=sums, slopes=sums, lane_sums=LANES * sums, rows=rows,
             weights=8 * (S + 2 * LANES),
         )  # fmt: skip
 
@@ -138,7 +139,7 @@ class Last(Engine):
         self.tasks, self.piece = -(-places // span), piece * width
         cuts = {"tile": tile, "piece": piece, "span": span}
         self.prepare(
-            cuts, spots=8 * SPOTS, sums=16 * BLOCK, slopes=16 * C, rows=8 * 5 * tile * C, pieces=0,
+            cuts, pilots=8 * PILOTS, sums=16 * CHANNEL_BLOCK, slopes=16 * C, rows=8 * 5 * tile * C, pieces=0,
         )  # fmt: skip
 
     def groups(self, everything: bool, drawn: int) -> int:

@@ -11,31 +11,34 @@ import ctypes
 import numpy as np
 
 LANES = 16  # of the kernels' vectors, whatever the CPU has
-BLOCK = 128  # channels of channels-last memory whose sums are a task
-SPOTS = 16  # at most, of which a channel's shift is made
-# what the sums of backward are over: `Record.sums_over`
-EVERYTHING, SAMPLE, GIVEN = range(3)
-# the counters by which threads claim a call's tasks and count those done, each in a cache line of its own
-FIRST, DONE, SECOND, FINISHED, THIRD, WRITTEN, LAST, THREAD = range(0, 64, 8)
+# What backward sums over, `Record.sums_over`; precomputed sums are in ``total``.
+EVERYTHING, SAMPLE, PRECOMPUTED = range(3)
+# The counters by which a call's threads claim tasks and count those done, each in a cache line of its own.
+(
+    SUM_TASK, SUMS_DONE, CHANNEL_TASK, CHANNELS_DONE, WRITE_TASK, WRITES_DONE, REPAIR_TASK, THREAD,
+) = range(0, 64, 8)  # fmt: skip
 COUNTERS = 64
 
 _SIZES = (
     "N", "C", "S",
-    "block", "sweep", "spread", "cached",  # tasks of channels-first memory (`sbncore.cpu.engine.First`)
-    "tile", "piece", "span",  # and of channels-last
-    "groups",  # of tasks whose sums are kept apart in ``partial``
-    "runs", "mask_size",
-    "capacity",  # of the memory for pieces that runs are cut into
+    "block",  # channels-first: channels of a task over all samples
+    "sweep", "spread",  # channels-first: channels and samples of a sweep's task
+    "cached",  # channels-first: whether a second sweep finds the array in a cache
+    "tile", "piece", "span",  # channels-last: places of a row, of a float32 sum, of a task
+    "groups",  # rows of ``partial``, each the sums of one task
+    "runs",  # of the sample
+    "mask_size",  # bytes
+    "capacity",  # pieces that there is scratch memory for, into which the runs are split
 )  # fmt: skip
 _CHOICES = (
     "writes",  # y, or dx
-    "stream",  # past the caches
+    "nontemporal",  # stores of y, or dx and dresidual, if these are aligned: past the caches
     "full",  # the runs are everything, with one weight
     "repairs",  # a gradient flows through the statistics
     "sums_over", "skip_nonfinite",
 )  # fmt: skip
 _CONSTANTS = (
-    "times",  # what sums over the runs are multiplied by
+    "multiplier",  # of the sums over the runs
     "prior", "eps", "factor", "unbiased",
 )  # fmt: skip
 _ADDRESSES = (  # 0 of what is absent
@@ -48,11 +51,18 @@ _ADDRESSES = (  # 0 of what is absent
     "partial",  # (2, groups, C) float64
     "counters", "scratch",
 )  # fmt: skip
-SCRATCH = ("spots", "sums", "slopes", "lanes", "rows", "weights", "pieces")
+SCRATCH = (  # byte offsets in a thread's scratch memory
+    "pilots",  # int64: the elements whose mean is the first channel's shift
+    "sums", "slopes",  # (2, channels) float64
+    "lane_sums",  # (2, channels * LANES)
+    "rows",  # coefficients, one for each element of a row
+    "weights",  # p at a map's positions
+    "pieces",  # of runs: begin, length and share, (capacity,) each
+)  # fmt: skip
 
 
 class Record(ctypes.Structure):
-    """A call as its kernel takes it; a thread's scratch memory is cut at the offsets named in SCRATCH."""
+    """A call as its kernel takes it."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in (*_SIZES, *_CHOICES)),

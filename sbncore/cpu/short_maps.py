@@ -15,12 +15,12 @@ from sbncore.cpu.per_channel import (
     finish_moments,
     shift_of,
 )
-from sbncore.cpu.record import COUNTERS, FIRST, GIVEN, LANES, SAMPLE, SPOTS
+from sbncore.cpu.record import CHANNEL_TASK, COUNTERS, LANES, PRECOMPUTED, SAMPLE
 from sbncore.cpu.rows import add_row, normalize_row, repair_row, sum_range
 from sbncore.cpu.runs import runs_in
 from sbncore.cpu.segments import add_run, flush_lanes, mask_bytes
-from sbncore.cpu.tasks import claim, thread_scratch
-from sbncore.cpu.tuning import LANE_TERMS
+from sbncore.cpu.tasks import increment, thread_scratch
+from sbncore.cpu.tuning import LANE_TERMS, PILOTS
 from sbncore.cpu.vectors import aligned, fence
 
 
@@ -31,17 +31,17 @@ def forward(r, y, mask, x, residual, relu):
     begin, length, weight = runs_in(r)
     values, counters = memory(r.values, (6, C), 0.0), memory(r.counters, (COUNTERS,), 0)
     scratch = thread_scratch(r, counters)
-    nontemporal = r.stream != 0 and aligned(y)
+    nontemporal = r.nontemporal != 0 and aligned(y)
     sums = memory(scratch + r.sums, (2, block), 0.0)
-    lane_sums = memory(scratch + r.lanes, (2, block * LANES), zero(x))
+    lane_sums = memory(scratch + r.lane_sums, (2, block * LANES), zero(x))
     rows = memory(scratch + r.rows, (3, block * S), zero(x))
     clear(lane_sums)
     clear(rows)
     shift, scale, offset = rows[0], rows[1], rows[2]
-    pilots = memory(scratch + r.spots, (min(SPOTS, len(begin)),), 0)
+    pilots = memory(scratch + r.pilots, (min(PILOTS, len(begin)),), 0)
     find_pilots(pilots, r, begin, length, False)
     while True:
-        c0 = claim(counters, FIRST) * block
+        c0 = increment(counters, CHANNEL_TASK) * block
         if c0 >= C:
             break
         c1 = min(C, c0 + block)
@@ -51,8 +51,8 @@ def forward(r, y, mask, x, residual, relu):
                 values[3, c] = shift_of(x, pilots, c * S)
             expand(shift, values[3], c0, c1, S)
             add_runs(
-                sums, lane_sums, None, x, None, values, shift, None, None, begin, length, weight, r.times,
-                None, c0, c1, C, S,
+                sums, lane_sums, None, x, None, values, shift, None, None, begin, length, weight,
+                r.multiplier, None, c0, c1, C, S,
             )  # fmt: skip
         finish_moments(values, sums, c0, c1)
         finish_forward(values, x, r, c0, c1)
@@ -124,16 +124,16 @@ def backward(r, dx, dresidual, dy, x, mask, relu):
     values, total = memory(r.values, (6, C), 0.0), memory(r.total, (2, C), 0.0)
     counters = memory(r.counters, (COUNTERS,), 0)
     scratch = thread_scratch(r, counters)
-    summed = r.sums_over != GIVEN
-    nontemporal = r.writes != 0 and r.stream != 0 and aligned(dx) and aligned(dresidual)
+    summed = r.sums_over != PRECOMPUTED
+    nontemporal = r.writes != 0 and r.nontemporal != 0 and aligned(dx) and aligned(dresidual)
     sums, slopes = memory(scratch + r.sums, (2, block), 0.0), memory(scratch + r.slopes, (2, block), 0.0)
-    lane_sums = memory(scratch + r.lanes, (2, block * LANES), zero(x))
+    lane_sums = memory(scratch + r.lane_sums, (2, block * LANES), zero(x))
     rows = memory(scratch + r.rows, (6, block * S), zero(x))
     clear(lane_sums)
     clear(rows)
     shift, scale, offset, k0, k1, p = rows[0], rows[1], rows[2], rows[3], rows[4], rows[5]
     while True:
-        c0 = claim(counters, FIRST) * block
+        c0 = increment(counters, CHANNEL_TASK) * block
         if c0 >= C:
             break
         c1 = min(C, c0 + block)
@@ -142,8 +142,8 @@ def backward(r, dx, dresidual, dy, x, mask, relu):
             expand(rows[k], values[3 + k], c0, c1, S)
         if r.sums_over == SAMPLE:
             add_runs(
-                sums, lane_sums, dy, x, mask, values, shift, scale, offset, begin, length, weight, r.times,
-                relu, c0, c1, C, S,
+                sums, lane_sums, dy, x, mask, values, shift, scale, offset, begin, length, weight,
+                r.multiplier, relu, c0, c1, C, S,
             )  # fmt: skip
         elif summed:
             for n in range(N):

@@ -18,7 +18,7 @@ I64 = ir.IntType(64)
 
 
 @intrinsic
-def claim(typingctx: Any, counters: Any, k: Any) -> tuple[Any, Callable[..., Any]]:
+def increment(typingctx: Any, counters: Any, k: Any) -> tuple[Any, Callable[..., Any]]:
     """Count counter ``k`` up by one and return what it was: to each thread another number.
 
     What a thread wrote before, streamed or not, is seen by those that later find the count.
@@ -32,7 +32,7 @@ def claim(typingctx: Any, counters: Any, k: Any) -> tuple[Any, Callable[..., Any
 
 
 @intrinsic
-def counted(typingctx: Any, counters: Any, k: Any) -> tuple[Any, Callable[..., Any]]:
+def read_counter(typingctx: Any, counters: Any, k: Any) -> tuple[Any, Callable[..., Any]]:
     """What counter ``k`` is now."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -44,7 +44,7 @@ def counted(typingctx: Any, counters: Any, k: Any) -> tuple[Any, Callable[..., A
 @loop()
 def thread_scratch(r, counters):
     """Where a thread's own scratch memory begins."""
-    return r.scratch + claim(counters, THREAD) * r.scratch_size
+    return r.scratch + increment(counters, THREAD) * r.scratch_size
 
 
 @loop()
@@ -60,7 +60,7 @@ yield_core = types.ExternalFunction("sched_yield", types.int32()) if os.name == 
 def wait(counters, k, count):
     """Wait until counter ``k``, which threads that run count up, has come to ``count``."""
     spins = 0
-    while counted(counters, k) < count:
+    while read_counter(counters, k) < count:
         spins += 1
         if spins > SPINS:
             yield_core()
