@@ -1,14 +1,28 @@
-"""The kernels over channels-first memory, (N, C, S), of maps of 16 positions or more: a call in phases.
+"""Kernels over channels-first memory, (N, C, S), of maps of 16 positions or more.
 
-Nothing crosses channels. The pass over everything is a *sweep*: its tasks lie one behind the other in memory,
-which suits it best; what is drawn, and what is computed of each channel, are tasks of blocks of channels,
-before a forward's sweep and behind a backward's. Where most is drawn, a small array takes two sweeps, and a
-large one is done *at once*: a block's sums and then what is written, while it is still in a cache; so full
-batch normalization reads memory once. Between the phases threads wait for each other. What a task is depends
-on the shape alone, and all sums of a channel are added in one order: results do not depend on the threads.
+No channel depends on another. A call is one to three phases. Threads claim a phase's tasks by counting
+(`sbncore.cpu.tasks`), and wait between phases until all of its tasks are done::
 
-A pass (`sbncore.cpu.segments`) prefetches at a ``distance`` in elements: a little further on in a sweep, else
-in the next sample, since the CPU foresees no jumps.
+    phase              a task                computes                              memory
+    forward  sums      samples and channels  sums over everything                  reads x
+             channels  a block of channels   sums over the runs, moments, ...      reads the sample
+             write     samples and channels  y, mask                               reads x, writes y
+    backward sums      samples and channels  sums over everything, dx = scale * g  reads dy, x, writes dx
+             channels  a block of channels   dweight, dbias, dx in the runs        reads, writes the sample
+             write     samples and channels  dx                                    reads dy, x, writes dx
+
+A residual is one more array read, dresidual one more written. The phases that go over everything are
+*sweeps*: their tasks, ``sweep`` channels of ``spread`` samples, follow each other in memory, which suits it
+best. A forward sweeps for its sums where the runs are everything. A backward writes dx with its sums and
+repairs it in the runs, or, where these are most elements, writes all of dx in the last phase. Where most
+elements are drawn and the array is larger than a cache, a call is *blockwise*: the channels phase does all,
+so that a block that was read for its sums is still in a cache when it is written. So even full batch
+normalization reads memory once.
+
+Sums: float32 (float64 for float64) in 16 lanes a channel, for LANE_TERMS terms a lane; float64 beyond, and
+in ``partial`` from one phase to the next. Tasks follow from the shape alone and the sums of a channel are
+added in one order, so results do not depend on the threads. Passes prefetch at a ``distance`` in elements:
+a little further on in a sweep, else in the next sample, since the CPU foresees no jumps.
 
 Loops fill arrays element by element: slices would take seconds more to compile.
 """
@@ -56,10 +70,10 @@ from sbncore.cpu.vectors import aligned, fence
 
 @loop()
 def forward(r, y, mask, x, residual, relu):
-    """y = act(z), where a mask is given the bits of z > 0; the statistics in values and the running ones.
+    """Compute the statistics and the coefficients, move the running statistics, write y and the mask.
 
-    The statistics are of the runs, whose weights sum to 1 / ``multiplier``, ``full`` where they are
-    everything; without runs they are the prior's. Unless it ``writes`` nothing is normalized.
+    The statistics are of the runs, whose weights sum to 1 / ``multiplier``; ``full`` says that they are
+    everything. Without runs the statistics are the prior's. Only a call that ``writes`` has a y.
     """
     N, C, S, block, sweep, spread = r.N, r.C, r.S, r.block, r.sweep, r.spread
     begin, length, weight = runs_in(r)
@@ -129,10 +143,9 @@ def forward(r, y, mask, x, residual, relu):
 def backward(r, dx, dresidual, dy, x, mask, relu):
     """dx = scale * g - p * (k0 + k1 * (x - shift)), where p is not 0 only in the runs; dresidual = g.
 
-    The two sums, dbias and dweight, are over everything, or over the runs, times ``multiplier``. If they are
-    given, in ``total``, dx, which is scale * g, is made right. ``repairs`` says whether a gradient flows
-    through the statistics, ``full`` whether the runs are everything. ``partial`` is for the sums of a sweep's
-    tasks.
+    dbias and dweight are sums over everything, or ``multiplier`` times those over the runs, or precomputed
+    in ``total``: dx then holds scale * g and is repaired in the runs. ``repairs`` says whether a gradient
+    flows through the statistics, ``full`` whether the runs are everything.
     """
     N, C, S, block, sweep, spread = r.N, r.C, r.S, r.block, r.sweep, r.spread
     begin, length, weight = runs_in(r)
@@ -142,7 +155,7 @@ def backward(r, dx, dresidual, dy, x, mask, relu):
     writes, full = r.writes != 0, r.full != 0
     sampled, summed = r.sums_over == SAMPLE, r.sums_over != PRECOMPUTED
     nontemporal = writes and r.nontemporal != 0 and aligned(dx) and aligned(dresidual)
-    # sums, then all of it is written
+    # all of dx is written after the sums
     dense = writes and r.repairs != 0 and (full or N * S < RUN_REPAIR_ELEMENTS * len(begin))
     blockwise = dense and r.cached == 0
     p_stride = 0 if full else 1
@@ -226,7 +239,7 @@ def backward(r, dx, dresidual, dy, x, mask, relu):
 
 @loop()
 def normalize_samples(y, mask, x, residual, values, n0, n1, c0, c1, relu, nontemporal, distance, C, S):
-    """The pass that writes, over segments of samples n0 .. n1-1."""
+    """y and the mask of segments of samples n0 .. n1-1."""
     for n in range(n0, n1):
         normalize_segment(
             sample_of(y, n, C * S), sample_of(mask, n, mask_bytes(C, S)), sample_of(x, n, C * S),
@@ -238,7 +251,7 @@ def normalize_samples(y, mask, x, residual, values, n0, n1, c0, c1, relu, nontem
 def add_samples(
     sums, lane_sums, dx, dresidual, dy, x, mask, values, n0, n1, c0, c1, relu, nontemporal, distance, C, S
 ):  # fmt: skip
-    """Add the sums over samples n0 .. n1-1; dx = scale * g, dresidual = g where given."""
+    """Add the sums over samples n0 .. n1-1; dx = scale * g, dresidual = g unless None."""
     interval = max(1, CHUNK // S)
     for n in range(n0, n1):
         last = n == n1 - 1 or (n - n0) % interval == interval - 1
@@ -253,7 +266,7 @@ def add_samples(
 def repair_sample(
     dx, dresidual, dy, x, mask, values, slopes, p, p_stride, n, c0, c1, relu, nontemporal, distance, C, S
 ):  # fmt: skip
-    """dx and dresidual of a sample's segment; without slopes p is 0."""
+    """dx and dresidual of a sample's segment; p is 0 without slopes."""
     if dx is not None or dresidual is not None:
         repair_segment(
             sample_of(dx, n, C * S), sample_of(dresidual, n, C * S), sample_of(dy, n, C * S),
@@ -283,7 +296,7 @@ def repair_samples(
 
 @loop()
 def expand_weights(row, begin, length, weight, k, n, S):
-    """p of sample n as `repair_segment` takes it, from run k on; return the next sample's first run."""
+    """row = p of sample n as `repair_segment` takes it, from run k on; return the next sample's first run."""
     for i in range(len(row)):
         row[i] = 0
     while k < len(begin) and begin[k] < (n + 1) * S:
@@ -291,6 +304,6 @@ def expand_weights(row, begin, length, weight, k, n, S):
         for i in range(first, first + length[k]):
             row[i] = weight[k]
         k += 1
-    for i in range(LANES):  # round the map
+    for i in range(LANES):  # vectors reach into the maps before and after this one
         row[i], row[LANES + S + i] = row[S + i], row[LANES + i]
     return k

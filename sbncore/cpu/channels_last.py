@@ -1,10 +1,26 @@
-"""The kernels over channels-last memory, (N, S, C): a call in three phases, between which threads wait.
+"""Kernels over channels-last memory, (N, S, C).
 
-The passes over places, the sums of blocks of channels with what is computed of them, and the pass over places
-that follows from that. A row is all channels of ``tile`` consecutive places, with coefficients repeated
-``tile`` times, so that a few channels still make a long row, of whole vectors. A task writes places, or a row
-of the partial sums, of its own; what a task is depends on the shape alone, so results do not depend on the
-threads. Sums are float32 (float64 for float64) within a piece, float64 beyond. A mask's bit e is element e's.
+A call is up to four phases. Threads claim a phase's tasks by counting (`sbncore.cpu.tasks`), and wait
+between phases until all of its tasks are done::
+
+    phase              a task                  computes                              memory
+    forward  sums      a group of runs         sums over the runs                    reads the sample
+             channels  CHANNEL_BLOCK channels  moments, coefficients                 reads ``partial``
+             write     ``span`` places         y, mask                               reads x, writes y
+    backward sums      ``span`` places         sums over everything, dx = scale * g  reads dy, x, writes dx
+                       or a group of runs      sums over the runs                    reads the sample
+             channels  CHANNEL_BLOCK channels  dweight, dbias                        reads ``partial``
+             write     ``span`` places         dx                                    reads dy, x, writes dx
+             repair    a piece of the runs     dx in the runs                        reads, writes the sample
+
+A place is all channels at one position. A residual is one more array read, dresidual one more written. A
+backward has a write phase where the runs are everything, or where its sums are over the runs; a repair
+phase where the runs are not everything. A row (`sbncore.cpu.rows`) is ``tile`` consecutive places, its
+coefficients repeated as often, so that a few channels make a long row of whole vectors too.
+
+Sums: float32 (float64 for float64) within a ``piece`` of places, then float64 in the task's row of
+``partial``. Tasks follow from the shape alone, so results do not depend on the threads. A mask's bit e is
+element e's.
 """
 
 from __future__ import annotations
@@ -41,7 +57,7 @@ from sbncore.cpu.vectors import aligned, fence
 
 @loop()
 def forward(r, y, mask, x, residual, relu):
-    """As `sbncore.cpu.channels_first.forward`; ``partial`` is for the sums of as many groups of runs."""
+    """As `sbncore.cpu.channels_first.forward`."""
     N, C, S, tile, span, tasks = r.N, r.C, r.S, r.tile, r.span, r.groups
     values, partial = memory(r.values, (6, C), 0.0), memory(r.partial, (2, tasks, C), 0.0)
     counters = memory(r.counters, (COUNTERS,), 0)
@@ -108,7 +124,7 @@ def coefficient_rows(rows, values, C):
 
 @loop()
 def add_runs(r, scratch, partial, rows, dy, x, mask, shift, scale, offset, relu, counters):
-    """partial[:, task] = the weighted sums of g and g * (x - shift) over the runs, times ``multiplier``."""
+    """partial[:, task] = ``multiplier`` times the weighted sums of g and g * (x - shift) over its runs."""
     C, tile, piece, tasks = r.C, r.tile, r.piece, r.groups
     begin, length, weight = split_runs(r, scratch + r.pieces, *runs_in(r), piece)
     while True:
@@ -139,7 +155,7 @@ def clear_task(partial, t):
 
 @loop()
 def add_places(rows, dx, dresidual, dy, x, mask, shift, scale, offset, p0, p1, relu, nontemporal, C, tile):
-    """Add g and g * (x - shift) of places to the last two rows; dx = scale * g, dresidual = g where given."""
+    """Add g and g * (x - shift) of places to the last two rows; dx = scale * g, dresidual = g unless None."""
     for o in range(p0 * C, p1 * C, tile * C):
         add_row(
             (rows[3], rows[4]), dx, dresidual, dy, x, mask, o, min(o + tile * C, p1 * C), shift, scale,
@@ -149,7 +165,7 @@ def add_places(rows, dx, dresidual, dy, x, mask, shift, scale, offset, p0, p1, r
 
 @loop()
 def flush_rows(partial, t, rows, p, C, tile):
-    """Add p times the last two rows to a task's partial sums, and begin anew."""
+    """Add p times the last two rows to a task's partial sums, and clear the rows."""
     for k in range(2):
         for j in range(tile):
             for c in range(C):
@@ -159,14 +175,14 @@ def flush_rows(partial, t, rows, p, C, tile):
 
 @loop()
 def backward(r, dx, dresidual, dy, x, mask, relu):
-    """As `sbncore.cpu.channels_first.backward`; ``partial`` is for sums of tasks, or of groups of runs."""
+    """As `sbncore.cpu.channels_first.backward`."""
     N, C, S, tile, piece, span, tasks = r.N, r.C, r.S, r.tile, r.piece, r.span, r.groups
     values, partial = memory(r.values, (6, C), 0.0), memory(r.partial, (2, tasks, C), 0.0)
     total, counters = memory(r.total, (2, C), 0.0), memory(r.counters, (COUNTERS,), 0)
     scratch = thread_scratch(r, counters)
     writes, sampled = r.writes != 0, r.sums_over == SAMPLE
     nontemporal = writes and r.nontemporal != 0 and aligned(dx) and aligned(dresidual)
-    dense = writes and r.repairs != 0 and r.full != 0  # all is written behind the sums
+    dense = writes and r.repairs != 0 and r.full != 0  # all of dx is written after the sums
     sums = memory(scratch + r.sums, (2, CHANNEL_BLOCK), 0.0)
     rows = memory(scratch + r.rows, (5, tile * C), zero(x))
     clear(rows)
@@ -244,7 +260,7 @@ def backward(r, dx, dresidual, dy, x, mask, relu):
 def repair_places(
     dx, dresidual, dy, x, mask, shift, scale, offset, k0, k1, p, p0, p1, relu, nontemporal, C, tile
 ):  # fmt: skip
-    """dx = scale * g - p * (k0 + k1 * (x - shift)), dresidual = g, of some places."""
+    """dx = scale * g - p * (k0 + k1 * (x - shift)), dresidual = g, at places p0 .. p1-1."""
     p = cast(x, p)
     for o in range(p0 * C, p1 * C, tile * C):
         repair_row(

@@ -1,7 +1,8 @@
-"""Elements in memory and in arithmetic: the only place that knows how a half or a bfloat16 is stored.
+"""Elements and arrays in memory, for kernels: the only file that tells how a half or a bfloat16 is stored.
 
-NumPy has no bfloat16 and Numba no float16 on the CPU, so the engine sees both as integers of their
-bits: int16 is float16, uint16 is bfloat16. They are computed in float32, rounded to nearest even.
+NumPy has no bfloat16 and Numba no float16 on the CPU, so the engine sees both as integers of their bits:
+int16 is float16, uint16 is bfloat16. They are computed in float32, rounded to nearest even. Arrays are
+views at the record's addresses: kernels allocate none.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ RECORD, DRAW = (from_dtype(np.dtype(kind)) for kind in (Record, Draw))
 
 
 def loop(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Compile as a part of the C functions that call it."""
+    """Compile a function that compiled ones call, with no entry for Python and without Numba's runtime."""
 
     def decorate(function: Callable[..., Any]) -> Any:
         compiler: Any = njit  # its types lack what leaves out the entries
@@ -102,7 +103,7 @@ def store(typingctx: Any, array: Any, index: Any, value: Any) -> tuple[Any, Call
 
 @intrinsic
 def sample_of(typingctx: Any, array: Any, n: Any, size: Any) -> tuple[Any, Callable[..., Any]]:
-    """The n-th of an array's samples of that size, in memory that others keep alive; None of None."""
+    """The n-th of an array's samples of that size; None of None."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         if not isinstance(array, types.Array):
@@ -157,7 +158,7 @@ def memory(typingctx: Any, address: Any, shape: Any, kind: Any) -> tuple[Any, Ca
 
 @loop(inline="always")  # without Numba's runtime no function returns an array
 def channel_array(address, C, kind):
-    """A value for each channel, or none of what is absent."""
+    """The array of a value for each channel, of length 0 if the address is 0."""
     return memory(address, (C if address != 0 else 0,), kind)
 
 

@@ -1,7 +1,11 @@
-"""What is computed for each channel between the passes.
+"""What is computed for each channel between the passes over memory, in float64.
 
-``values`` is what forward keeps, (6, C) in float64: mean, var, rstd, shift, scale, offset, the last three as
-rounded to the type of the arithmetic. ``sums`` are of some channels, (2, channels) in float64. A parameter
+From the sums to the moments, the coefficients and the running statistics; from the backward's sums to
+dweight, dbias and the slopes that dx is repaired by. A task is a range of channels c0 .. c1-1 and reads and
+writes a few words for each.
+
+``values`` is what forward leaves for backward, (6, C): mean, var, rstd, shift, scale, offset, the last
+three as rounded to the type of the arithmetic. ``sums`` are of some channels, (2, channels). A parameter
 that is absent is an array of length 0.
 """
 
@@ -14,7 +18,7 @@ from sbncore.cpu.elements import cast, channel_array, load, loop, store, zero
 
 @loop()
 def find_pilots(pilots, r, begin, length, last):
-    """Where the first channel's values are of which its shift is made: a few, far apart."""
+    """Find a few elements of the first channel, far from each other, whose mean is its shift."""
     for k in range(len(pilots)):
         j = k * (len(begin) - 1) // max(1, len(pilots) - 1)
         place = begin[j] + length[j] // 2
@@ -23,7 +27,7 @@ def find_pilots(pilots, r, begin, length, last):
 
 @loop()
 def shift_of(x, pilots, channel):
-    """The mean of a few values of the channel that is ``channel`` elements behind the first.
+    """Return the mean of the pilots of the channel that begins ``channel`` elements after the first.
 
     One value would do but for an outlier; the running form keeps a constant a constant.
     """
@@ -48,7 +52,7 @@ def fill(row, value):
 
 @loop()
 def store_partial(partial, g, sums, p, c0, c1):
-    """Put a sweep's sums, times p, where `collect` finds them."""
+    """partial[:, g] = p times the sums of channels c0 .. c1-1."""
     for k in range(2):
         for c in range(c0, c1):
             partial[k, g, c] = p * sums[k, c - c0]
@@ -94,7 +98,7 @@ def finish_forward(values, x, r, c0, c1):
                 both = (1 - prior) * mean + prior * mean0
                 var = (1 - prior) * (var + (mean - both) ** 2) + prior * (var0 + (mean0 - both) ** 2)
                 mean = both
-        rstd = 1 / np.sqrt(var + eps)  # infinite where a given variance and eps are 0
+        rstd = 1 / np.sqrt(var + eps)  # infinite where the prior's variance and eps are 0
         shift = np.float64(cast(x, mean))
         scale = rstd * np.float64(load(weight, c)) if len(weight) > 0 else rstd
         offset = (shift - mean) * scale

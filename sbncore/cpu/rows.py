@@ -1,20 +1,22 @@
-"""One pass over a row: consecutive elements in all the arrays, with what is computed of each.
+"""Vectors of 16 elements with what is computed of each element, and passes over rows of them.
 
-The coefficients are scalars where a row is of one channel, else arrays of the row's length.
+A *row* is consecutive elements in all the arrays, with coefficients that are arrays of the row's length.
+The functions of a vector take such arrays, or one channel's scalars, or vectors (`sbncore.cpu.segments`).
+Each element is read once in every array, and written once.
 
-Coefficients, in the type of the arithmetic: ``z = (x - shift) * scale + offset (+ residual)``. Here shift is
-the mean rounded to that type and offset makes up for the rounding: at |mean|/std of 1e6 the folded form
-``x * scale + offset`` loses 5 %. Nothing is contracted or reordered, so that the backward's sign of z is the
-forward's, bit for bit.
+In the type of the arithmetic, ``z = (x - shift) * scale + offset (+ residual)``: shift is the mean rounded
+to that type and offset makes up for the rounding; at |mean|/std of 1e6 the folded form ``x * scale +
+offset`` loses 5 %. Nothing is contracted or reordered, so that the backward's sign of z is the forward's,
+bit for bit. Sums over rows are added element by element, in two rows of their own.
 
-A row is cut into vectors at the arrays' multiples of 16, wherever the memory lies, so that streamed stores
-fill whole lines. Of the first and the last vector only some lanes are kept. Rows that are added to others
-are cut from their first element on. A mask's bit e is the arrays' element e's; rows that are written
-together with it begin at whole words.
+A row that is written is divided into vectors at the arrays' multiples of 16, wherever the memory lies, so
+that non-temporal stores fill whole cache lines; of its first and last vector only some lanes may be active.
+A row that is added to others is divided from its first element on. A mask's bit e is the arrays' element
+e's; rows that are written together with it begin at whole words. ``distance`` elements further on is
+prefetched: the CPU foresees no jumps.
 
-What lies ``distance`` elements further on is prefetched: the CPU foresees no jumps.
-
-Arrays that may be missing, and relu, are None or not at compile time, which prunes the branches.
+Arrays that may be missing, and relu, are None or not at compile time, which prunes the branches. Indices: v
+is a vector's first element in the arrays, i in the coefficients.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from sbncore.cpu.vectors import (
 
 @loop()
 def gradient(dy, x, mask, v, i, shift, scale, offset, relu, active):
-    """g, dy behind the activation, and x - shift; without a dy g is that too: its sums are the moments."""
+    """g, the gradient before the activation, and x - shift; without a dy both are x - shift, for moments."""
     deviation = load_lanes(x, v, active) - broadcast(shift, i, active)
     if dy is None:
         g = select(active, deviation)
@@ -52,7 +54,7 @@ def gradient(dy, x, mask, v, i, shift, scale, offset, relu, active):
 
 @loop()
 def partial_vector(o, end, k):
-    """The first (k = 0) or last vector of a row that is written, and its lanes, if they are not all of it."""
+    """Whether a row's first (k = 0) or last vector is partial, where it begins, and its active lanes."""
     v = (o if k == 0 else end) & -LANES
     partial = o > v if k == 0 else end > v >= o
     return partial, v, (max(0, o - v), min(LANES, end - v))
@@ -92,7 +94,7 @@ def add_vector(
 
 @loop(forceinline=True)
 def add_row(row_sums, dx, dresidual, dy, x, mask, o, end, shift, scale, offset, relu, nontemporal, distance):
-    """Add g and g * (x - shift) of each element to row_sums; dx = scale * g, dresidual = g where given."""
+    """Add g and g * (x - shift) of each element to row_sums; dx = scale * g, dresidual = g unless None."""
     whole = o + ((end - o) & -LANES)
     for v in range(o, whole, LANES):
         add_vector(

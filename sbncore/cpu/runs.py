@@ -1,4 +1,10 @@
-"""`sbncore.hashing` and the places of the commonest parts, compiled: the same words, the same runs."""
+"""The runs of a sample: drawn by hash, read from the record, split into pieces.
+
+A run is ``length`` consecutive positions of one sample's map, or places of channels-last memory, from
+``begin`` on, with one weight. The draws repeat `sbncore.hashing` and the commonest parts of
+`sbncore.plans`, compiled: the same words, the same runs (tests/test_samplers.py). They write int64 and
+float64 arrays at the addresses of a `sbncore.cpu.record.Draw`, one thread each.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +92,7 @@ def runs_in(r):
 
 @loop()
 def split_runs(r, scratch, begin, length, weight, longest):
-    """Runs joined where one follows the other, then cut to ``longest``, in a thread's scratch memory."""
+    """Return the runs, joined where one follows the other, then split, in pieces of ``longest`` at most."""
     size = r.capacity
     out_begin, out_length = memory(scratch, (size,), 0), memory(scratch + 8 * size, (size,), 0)
     out_weight = memory(scratch + 16 * size, (size,), 0.0)
@@ -111,7 +117,7 @@ def split_runs(r, scratch, begin, length, weight, longest):
 
 @loop()
 def touched_elements(length):
-    """Elements in the cache lines of runs, about."""
+    """Return about how many elements the cache lines of runs have."""
     elements = 0
     for k in range(len(length)):
         elements += length[k] + LANES

@@ -1,12 +1,17 @@
-"""One pass over a segment, channels-first: the maps of channels c0 .. c1-1 of a sample, that lie in a row.
+"""Passes over channels-first memory with one set of coefficients for each channel: segments and runs.
 
-All arrays are a sample's own. Its memory is cut into vectors at the multiples of 16 from its first element
-on, and so are the segments, so that only a sample's last vector can be a part of one. Where a map ends within
-a vector, the *seam*, that takes the coefficients of both channels, blended: a vector has to do with two maps
-at most, of 16 positions or more.
+A *segment* is the maps of channels c0 .. c1-1 of a sample, which follow each other in memory; a *run* is
+some positions of the map of every channel c0 .. c1-1. Maps have 16 positions or more in segments, any
+number in runs. A pass reads and writes what its head in `sbncore.cpu.channels_first` says, each element
+once.
 
-``values`` holds the coefficients (`sbncore.cpu.per_channel`), in float64. The sums of a channel stay in 16
-lanes, from one sample to the next, until they are flushed.
+All arrays are a sample's own. Its memory is divided into vectors at the multiples of 16 from its first
+element on, and so are the segments: only a sample's last vector may be partial. Where a map ends within a
+vector, the *seam*, that vector takes the coefficients of both channels, blended; there are two at most.
+
+``values`` holds the coefficients (`sbncore.cpu.per_channel`), in float64. A channel's sums stay in 16 lanes
+of the arithmetic's type, in ``lane_sums``, from one sample to the next, until they are flushed to float64
+``sums``.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ from sbncore.cpu.rows import normalize_vector, repair_few, repair_vector, sums_v
 from sbncore.cpu.tuning import LANE_TERMS, RUN_PREFETCH_DISTANCE
 from sbncore.cpu.vectors import blend, broadcast, load_lanes, select, store_lanes, sum_lanes, zeros
 
-CHUNK = LANES * LANE_TERMS
+CHUNK = LANES * LANE_TERMS  # elements between two flushes
 
 
 @loop(forceinline=True)
@@ -81,7 +86,7 @@ def sums_segment(
 ):  # fmt: skip
     """Add g and g * (x - shift) to each channel's lanes, and if it ``flushes`` p times those to its sums.
 
-    dx = scale * g, dresidual = g where given. Without a dy g is x - shift.
+    dx = scale * g, dresidual = g unless None. Without a dy g is x - shift.
     """
     first, second = lane_sums[0], lane_sums[1]
     before = coefficients_of(x, values, c0)
@@ -176,14 +181,14 @@ def repair_segment(
 
 @loop()
 def mask_bytes(C, S):
-    """How many bytes of a mask a sample has."""
+    """Return the bytes of a sample's mask: a bit for each element, in words of 16."""
     return 2 * ((C * S + LANES - 1) // LANES)
 
 
 @loop()
 def add_runs(sums, lane_sums, dy, x, mask, values, begin, length, weight, multiplier, relu, c0, c1, C, S):
     """Add the sums of g and g * (x - shift) over the runs, each times its weight and ``multiplier``."""
-    pending = 0  # what each lane has summed up
+    pending = 0  # terms of a lane since the last flush
     for k in range(len(begin)):
         n, p, whole_map = begin[k] // S, weight[k] * multiplier, length[k] == S
         x_n, dy_n = sample_of(x, n, C * S), sample_of(dy, n, C * S)
@@ -231,7 +236,7 @@ def add_run(lane_sums, dy, x, mask, values, first, length, c0, c1, relu, S):
 
 @loop()
 def flush_lanes(sums, lane_sums, p, channels):
-    """Add p times what every channel's lanes hold to its sums, and begin anew."""
+    """Add p times every channel's lanes to its sums, and clear the lanes."""
     for k in range(2):
         for c in range(channels):
             sums[k, c] += p * sum_lanes(load_lanes(lane_sums[k], c * LANES, None))
@@ -243,8 +248,8 @@ def flush_lanes(sums, lane_sums, p, channels):
 def repair_run(dx, dy, x, mask, values, slopes, place, length, c0, c1, relu, C, S):
     """Write dx in a run of every channel, with p in the slopes.
 
-    Vectors overlap, since what they write does not depend on what they find; but where a run is shorter than
-    one, its vector lies within the block's memory, and its other elements stay.
+    Vectors overlap, since what they write does not depend on dx; but where a run is shorter than a vector,
+    its vector lies within the block's memory and writes the other elements as they are.
     """
     n = place // S
     dx_n, mask_n = sample_of(dx, n, C * S), sample_of(mask, n, mask_bytes(C, S))

@@ -1,6 +1,16 @@
-"""The kernels over channels-first memory of maps of fewer than 16 positions: a call is at once, by blocks.
+"""Kernels over channels-first memory, (N, C, S), of maps of fewer than 16 positions.
 
-A sample's maps of a block are one row, with the coefficients spelled out for each of its elements.
+A call has one phase, whose tasks are blocks of ``block`` channels over all samples::
+
+    forward   sums over the runs, moments, coefficients; y, mask     reads the sample, then x; writes y
+    backward  sums over the runs or everything; dx, dresidual        reads dy and x twice; writes dx
+
+What is read twice is in a cache the second time. A residual is one more array read, dresidual one more
+written. A sample's maps of a block are one row (`sbncore.cpu.rows`), whose coefficients are expanded to one
+for each element: a vector has to do with several channels.
+
+Sums: float32 (float64 for float64) for LANE_TERMS terms of one element's place in the row, or of one of a
+channel's 16 lanes; float64 beyond. Results do not depend on the threads.
 """
 
 from __future__ import annotations
@@ -26,7 +36,7 @@ from sbncore.cpu.vectors import aligned, fence
 
 @loop()
 def forward(r, y, mask, x, residual, relu):
-    """As `sbncore.cpu.channels_first.forward`, of blocks alone."""
+    """As `sbncore.cpu.channels_first.forward`."""
     N, C, S, block = r.N, r.C, r.S, r.block
     begin, length, weight = runs_in(r)
     values, counters = memory(r.values, (6, C), 0.0), memory(r.counters, (COUNTERS,), 0)
@@ -108,7 +118,7 @@ def add_runs(
 
 @loop()
 def flush_rows(sums, row_sums, p, channels, S):
-    """Add p times the totals of every channel's S elements to its sums, and begin anew."""
+    """Add p times the sum of each channel's S elements of the rows to its sums, and clear the rows."""
     for k in range(2):
         for c in range(channels):
             sums[k, c] += p * sum_range(row_sums[k], c * S, (c + 1) * S)
@@ -118,7 +128,7 @@ def flush_rows(sums, row_sums, p, channels, S):
 
 @loop()
 def backward(r, dx, dresidual, dy, x, mask, relu):
-    """As `sbncore.cpu.channels_first.backward`; sums given in ``total``, all of dx is written anew."""
+    """As `sbncore.cpu.channels_first.backward`; with precomputed sums too all of dx is written."""
     N, C, S, block = r.N, r.C, r.S, r.block
     begin, length, weight = runs_in(r)
     values, total = memory(r.values, (6, C), 0.0), memory(r.total, (2, C), 0.0)

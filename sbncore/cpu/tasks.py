@@ -1,4 +1,8 @@
-"""Tasks that threads share out by counting, and how a thread waits until the others have done theirs."""
+"""How threads share a call's tasks: they increment counters, and wait for those of others.
+
+A counter counts the tasks of a phase that are claimed, another those that are done. The counters are in the
+record (`sbncore.cpu.record`), each in a cache line of its own.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +23,9 @@ I64 = ir.IntType(64)
 
 @intrinsic
 def increment(typingctx: Any, counters: Any, k: Any) -> tuple[Any, Callable[..., Any]]:
-    """Count counter ``k`` up by one and return what it was: to each thread another number.
+    """Add 1 to counter ``k`` and return what it was: a different number for each thread.
 
-    What a thread wrote before, streamed or not, is seen by those that later find the count.
+    What a thread wrote before, non-temporal or not, is seen by those that later read the count.
     """
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -33,7 +37,7 @@ def increment(typingctx: Any, counters: Any, k: Any) -> tuple[Any, Callable[...,
 
 @intrinsic
 def read_counter(typingctx: Any, counters: Any, k: Any) -> tuple[Any, Callable[..., Any]]:
-    """What counter ``k`` is now."""
+    """Return counter ``k``."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return builder.load_atomic(pointer(context, builder, counters, *args), "acquire", 8)
@@ -43,7 +47,7 @@ def read_counter(typingctx: Any, counters: Any, k: Any) -> tuple[Any, Callable[.
 
 @loop()
 def thread_scratch(r, counters):
-    """Where a thread's own scratch memory begins."""
+    """Return the address of a thread's own scratch memory."""
     return r.scratch + increment(counters, THREAD) * r.scratch_size
 
 
@@ -58,7 +62,7 @@ yield_core = types.ExternalFunction("sched_yield", types.int32()) if os.name == 
 
 @loop()
 def wait(counters, k, count):
-    """Wait until counter ``k``, which threads that run count up, has come to ``count``."""
+    """Wait until other threads have brought counter ``k`` to ``count``."""
     spins = 0
     while read_counter(counters, k) < count:
         spins += 1
@@ -68,7 +72,7 @@ def wait(counters, k, count):
 
 @loop()
 def sweep_task(t, N, C, sweep, spread):
-    """The t-th task of a sweep: of which group of samples, these, and the channels."""
+    """Return the t-th task of a sweep: the group of samples, samples n0 .. n1-1, channels c0 .. c1-1."""
     across = (C + sweep - 1) // sweep
     g, c0 = t // across, t % across * sweep
     return g, g * spread, min(N, (g + 1) * spread), c0, min(C, c0 + sweep)

@@ -1,9 +1,11 @@
-"""Vectors of 16 lanes, for kernels that say how they are vectorized: Numba's loops leave it to LLVM.
+"""Vectors of 16 lanes in registers: loads, stores past the caches or not, arithmetic, bits of a mask.
 
-LLVM makes of them what the CPU has: one AVX-512 register, two of AVX2, four of NEON or SSE, else scalars. The
-lanes, and so the order of sums, are the same everywhere. ``active`` is the lanes that take part,
-(first, end); None is all of them. Non-temporal stores do not read first what they overwrite; they fill whole
-cache lines.
+Numba's loops leave it to LLVM how they are vectorized; here kernels say it. LLVM makes of 16 lanes what the
+CPU has: one AVX-512 register, two of AVX2, four of NEON or SSE, else scalars. The lanes, and so the order
+of sums, are the same everywhere. ``active`` is the lanes that take part, (first, end); None is all of them.
+
+A load widens elements to the type they are computed in, a store rounds to nearest even. Non-temporal stores
+do not read first what they overwrite; they fill whole cache lines.
 """
 
 from __future__ import annotations
@@ -154,7 +156,7 @@ def zeros(typingctx: Any, array: Any) -> tuple[Any, Callable[..., Any]]:
 
 @intrinsic
 def select(typingctx: Any, bits: Any, value: Any) -> tuple[Any, Callable[..., Any]]:
-    """The value in the lanes given, as bits or like ``active``, and 0 in the others."""
+    """The value in some lanes, told by bits or as ``active``, and 0 in the others."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         if isinstance(bits, types.NoneType):
@@ -267,30 +269,30 @@ def store_lanes(
 ) -> tuple[Any, Callable[..., Any]]:
     """Round to nearest even and write as elements from ``index`` on, past the caches if ``nontemporal``.
 
-    A streamed store of all lanes begins at a multiple of its own size, or of CACHE_LINE bytes. The lanes of a
-    part are written one by one, that is quicker than a masked store, and not past the caches.
+    A non-temporal store begins at a multiple of its own size, or of CACHE_LINE bytes. The lanes of a partial
+    vector are written one by one, which is quicker than a masked store, and not past the caches.
     """
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         value, size = narrow(builder, array, args[2], LANES), array.dtype.bitwidth // 8
         first = pointer(context, builder, array, *args[:2])
 
-        def write(what: Any, place: Any, streamed: bool) -> None:
+        def write(what: Any, place: Any, past_caches: bool) -> None:
             place = builder.bitcast(place, what.type.as_pointer())
-            if not streamed:
+            if not past_caches:
                 builder.store(what, place).align = size
             else:
                 if size == 2:
                     what = _fenced(builder, what)
                     place = builder.bitcast(place, what.type.as_pointer())
-                store = _StreamedStore(builder.block, what, place)
+                store = _NontemporalStore(builder.block, what, place)
                 builder._insert(store)
                 store.align = min(CACHE_LINE, LANES * size)
                 store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(I32, 1)]))
 
-        def write_all(streamed: bool) -> None:
+        def write_all(past_caches: bool) -> None:
             if not isinstance(active, types.UniTuple):
-                write(value, first, streamed)
+                write(value, first, past_caches)
                 return
             lanes = cgutils.alloca_once(builder, value.type)
             builder.store(value, lanes)
@@ -305,10 +307,10 @@ def store_lanes(
                 write(one, cgutils.gep_inbounds(builder, first, lane), False)
 
         if isinstance(nontemporal, types.Boolean) and not isinstance(active, types.UniTuple):
-            with builder.if_else(args[4]) as (streamed, cached):
-                with streamed:
+            with builder.if_else(args[4]) as (past_caches, ordinary):
+                with past_caches:
                     write_all(True)
-                with cached:
+                with ordinary:
                     write_all(False)
         else:
             write_all(False)
@@ -319,7 +321,7 @@ def store_lanes(
 
 @intrinsic
 def aligned(typingctx: Any, array: Any) -> tuple[Any, Callable[..., Any]]:
-    """Whether an array begins where a store may be streamed; None does."""
+    """Whether an array begins where a store may be non-temporal; None does."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         if not isinstance(array, types.Array):
@@ -334,7 +336,7 @@ def aligned(typingctx: Any, array: Any) -> tuple[Any, Callable[..., Any]]:
 
 @intrinsic
 def fence(typingctx: Any) -> tuple[Any, Callable[..., Any]]:
-    """Have streamed stores done before anything that follows."""
+    """Complete all non-temporal stores before anything that follows."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         builder.fence("seq_cst")
@@ -344,7 +346,7 @@ def fence(typingctx: Any) -> tuple[Any, Callable[..., Any]]:
 
 
 def _fenced(builder: Any, value: Any) -> Any:
-    """The bits of 16 halves as floats, narrowed already: what narrows and stores in one does not stream."""
+    """The bits of 16 halves as floats: an instruction that narrows and stores in one is not non-temporal."""
     kind = ir.VectorType(FLOAT, LANES // 2)
     fence = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(kind, [kind]), f"llvm.arithmetic.fence.v{LANES // 2}f32"
@@ -352,11 +354,8 @@ def _fenced(builder: Any, value: Any) -> Any:
     return builder.call(fence, [builder.bitcast(value, kind)])
 
 
-class _StreamedStore(instructions.StoreInstr):
-    """A volatile store, or LLVM makes one of it and of an ordinary one, which is not streamed.
-
-    Half a line that is streamed beside half a line that is not takes 150 ns.
-    """
+class _NontemporalStore(instructions.StoreInstr):
+    """A volatile store: LLVM would merge it with an ordinary one, and the result is not non-temporal."""
 
     def descr(self, buf: list[str]) -> None:
         value, place = self.operands
