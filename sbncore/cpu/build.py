@@ -19,7 +19,7 @@ from numba import types
 from numba.core.compiler_lock import global_compiler_lock
 
 from sbncore.cpu import channels_first, channels_last, runs, short_maps
-from sbncore.cpu.elements import loop, memory, record_at
+from sbncore.cpu.elements import array_at, loop, record_at
 from sbncore.cpu.names import DRAWS, DTYPES, Kernel
 
 MODULES = {"channels_first": channels_first, "short_maps": short_maps, "channels_last": channels_last}
@@ -57,8 +57,8 @@ def c_object(name: str, function: Callable[..., Any]) -> bytes:
 def entry(kernel: Kernel) -> Callable[[Any], None]:
     """Return the function of a record's address that calls a kernel with the record and its arrays.
 
-    An array's last argument to ``memory`` is a scalar of its type; None leaves out, in what is compiled, all
-    that has to do with it.
+    An array's last argument to ``array_at`` is a scalar of its type; None leaves the array out of what is
+    compiled.
     """
     body = getattr(MODULES[kernel.memory], kernel.direction)
     element = np.dtype(DTYPES[kernel.dtype]).type(0)
@@ -68,16 +68,16 @@ def entry(kernel: Kernel) -> Callable[[Any], None]:
     def forward(address):
         r = record_at(address)
         size = (r.N * r.C * r.S,)
-        mask = memory(r.mask, (r.mask_size,), bits)
-        y, x = memory(r.y, size, element), memory(r.x, size, element)
-        body(r, y, mask, x, memory(r.residual, size, residual), relu)
+        mask = array_at(r.mask, (r.mask_size,), bits)
+        y, x = array_at(r.y, size, element), array_at(r.x, size, element)
+        body(r, y, mask, x, array_at(r.residual, size, residual), relu)
 
     def backward(address):
         r = record_at(address)
         size = (r.N * r.C * r.S,)
-        mask = memory(r.mask, (r.mask_size,), bits)
-        dx, dy, x = memory(r.dx, size, element), memory(r.dy, size, element), memory(r.x, size, element)
-        body(r, dx, memory(r.dresidual, size, residual), dy, x, mask, relu)
+        mask = array_at(r.mask, (r.mask_size,), bits)
+        dx, dy, x = array_at(r.dx, size, element), array_at(r.dy, size, element), array_at(r.x, size, element)
+        body(r, dx, array_at(r.dresidual, size, residual), dy, x, mask, relu)
 
     return {"forward": forward, "backward": backward}[kernel.direction]
 

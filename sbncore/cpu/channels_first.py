@@ -29,7 +29,7 @@ Loops fill arrays element by element: slices would take seconds more to compile.
 
 from __future__ import annotations
 
-from sbncore.cpu.elements import cast, loop, memory, sample_of, zero
+from sbncore.cpu.elements import array_at, cast, loop, sample_of, zero
 from sbncore.cpu.per_channel import (
     clear,
     collect,
@@ -77,17 +77,17 @@ def forward(r, y, mask, x, residual, relu):
     """
     N, C, S, block, sweep, spread = r.N, r.C, r.S, r.block, r.sweep, r.spread
     begin, length, weight = runs_in(r)
-    values, partial = memory(r.values, (6, C), 0.0), memory(r.partial, (2, r.groups, C), 0.0)
-    counters = memory(r.counters, (COUNTERS,), 0)
+    values, partial = array_at(r.values, (6, C), 0.0), array_at(r.partial, (2, r.groups, C), 0.0)
+    counters = array_at(r.counters, (COUNTERS,), 0)
     scratch = thread_scratch(r, counters)
     nontemporal = r.nontemporal != 0 and aligned(y)
     blockwise = r.cached == 0 and touched_elements(length) * 2 > N * S
     swept = r.full != 0 and not blockwise
     size = max(block, sweep)
-    sums = memory(scratch + r.sums, (2, size), 0.0)
-    lane_sums = memory(scratch + r.lane_sums, (2, size * LANES), zero(x))
+    sums = array_at(scratch + r.sums, (2, size), 0.0)
+    lane_sums = array_at(scratch + r.lane_sums, (2, size * LANES), zero(x))
     clear(lane_sums)
-    pilots = memory(scratch + r.pilots, (min(PILOTS, len(begin)),), 0)
+    pilots = array_at(scratch + r.pilots, (min(PILOTS, len(begin)),), 0)
     find_pilots(pilots, r, begin, length, False)
     tasks = -(-C // sweep) * -(-N // spread)
     if swept:
@@ -149,8 +149,8 @@ def backward(r, dx, dresidual, dy, x, mask, relu):
     """
     N, C, S, block, sweep, spread = r.N, r.C, r.S, r.block, r.sweep, r.spread
     begin, length, weight = runs_in(r)
-    values, partial = memory(r.values, (6, C), 0.0), memory(r.partial, (2, r.groups, C), 0.0)
-    total, counters = memory(r.total, (2, C), 0.0), memory(r.counters, (COUNTERS,), 0)
+    values, partial = array_at(r.values, (6, C), 0.0), array_at(r.partial, (2, r.groups, C), 0.0)
+    total, counters = array_at(r.total, (2, C), 0.0), array_at(r.counters, (COUNTERS,), 0)
     scratch = thread_scratch(r, counters)
     writes, full = r.writes != 0, r.full != 0
     sampled, summed = r.sums_over == SAMPLE, r.sums_over != PRECOMPUTED
@@ -159,11 +159,11 @@ def backward(r, dx, dresidual, dy, x, mask, relu):
     dense = writes and r.repairs != 0 and (full or N * S < RUN_REPAIR_ELEMENTS * len(begin))
     blockwise = dense and r.cached == 0
     p_stride = 0 if full else 1
-    weights = memory(scratch + r.weights, (LANES + p_stride * (S + LANES),), zero(x))
+    weights = array_at(scratch + r.weights, (LANES + p_stride * (S + LANES),), zero(x))
     fill(weights, cast(x, weight[0] if full else 0.0))
     size = max(block, sweep)
-    sums, slopes = memory(scratch + r.sums, (2, size), 0.0), memory(scratch + r.slopes, (2, size), 0.0)
-    lane_sums = memory(scratch + r.lane_sums, (2, size * LANES), zero(x))
+    sums, slopes = array_at(scratch + r.sums, (2, size), 0.0), array_at(scratch + r.slopes, (2, size), 0.0)
+    lane_sums = array_at(scratch + r.lane_sums, (2, size * LANES), zero(x))
     clear(lane_sums)
     tasks = -(-C // sweep) * -(-N // spread)
     if not blockwise and summed and (not sampled or not dense):

@@ -25,7 +25,7 @@ element e's.
 
 from __future__ import annotations
 
-from sbncore.cpu.elements import cast, loop, memory, zero
+from sbncore.cpu.elements import array_at, cast, loop, zero
 from sbncore.cpu.per_channel import (
     clear,
     collect,
@@ -59,16 +59,16 @@ from sbncore.cpu.vectors import aligned, fence
 def forward(r, y, mask, x, residual, relu):
     """As `sbncore.cpu.channels_first.forward`."""
     N, C, S, tile, span, tasks = r.N, r.C, r.S, r.tile, r.span, r.groups
-    values, partial = memory(r.values, (6, C), 0.0), memory(r.partial, (2, tasks, C), 0.0)
-    counters = memory(r.counters, (COUNTERS,), 0)
+    values, partial = array_at(r.values, (6, C), 0.0), array_at(r.partial, (2, tasks, C), 0.0)
+    counters = array_at(r.counters, (COUNTERS,), 0)
     scratch = thread_scratch(r, counters)
     nontemporal = r.nontemporal != 0 and aligned(y)
-    sums = memory(scratch + r.sums, (2, CHANNEL_BLOCK), 0.0)
-    rows = memory(scratch + r.rows, (5, tile * C), zero(x))
+    sums = array_at(scratch + r.sums, (2, CHANNEL_BLOCK), 0.0)
+    rows = array_at(scratch + r.rows, (5, tile * C), zero(x))
     clear(rows)
     if tasks > 0:
         begin, length, _ = runs_in(r)
-        shift, pilots = rows[0], memory(scratch + r.pilots, (min(PILOTS, len(begin)),), 0)
+        shift, pilots = rows[0], array_at(scratch + r.pilots, (min(PILOTS, len(begin)),), 0)
         find_pilots(pilots, r, begin, length, True)
         for c in range(C):
             shift[c] = shift_of(x, pilots, c)
@@ -177,14 +177,14 @@ def flush_rows(partial, t, rows, p, C, tile):
 def backward(r, dx, dresidual, dy, x, mask, relu):
     """As `sbncore.cpu.channels_first.backward`."""
     N, C, S, tile, piece, span, tasks = r.N, r.C, r.S, r.tile, r.piece, r.span, r.groups
-    values, partial = memory(r.values, (6, C), 0.0), memory(r.partial, (2, tasks, C), 0.0)
-    total, counters = memory(r.total, (2, C), 0.0), memory(r.counters, (COUNTERS,), 0)
+    values, partial = array_at(r.values, (6, C), 0.0), array_at(r.partial, (2, tasks, C), 0.0)
+    total, counters = array_at(r.total, (2, C), 0.0), array_at(r.counters, (COUNTERS,), 0)
     scratch = thread_scratch(r, counters)
     writes, sampled = r.writes != 0, r.sums_over == SAMPLE
     nontemporal = writes and r.nontemporal != 0 and aligned(dx) and aligned(dresidual)
     dense = writes and r.repairs != 0 and r.full != 0  # all of dx is written after the sums
-    sums = memory(scratch + r.sums, (2, CHANNEL_BLOCK), 0.0)
-    rows = memory(scratch + r.rows, (5, tile * C), zero(x))
+    sums = array_at(scratch + r.sums, (2, CHANNEL_BLOCK), 0.0)
+    rows = array_at(scratch + r.rows, (5, tile * C), zero(x))
     clear(rows)
     shift, scale, offset = coefficient_rows(rows, values, C)
     if r.sums_over != PRECOMPUTED:
@@ -221,7 +221,7 @@ def backward(r, dx, dresidual, dy, x, mask, relu):
             finish_backward(total, sums, values, x, r, c0, c1)
             increment(counters, CHANNELS_DONE)
         wait(counters, CHANNELS_DONE, (C + CHANNEL_BLOCK - 1) // CHANNEL_BLOCK)
-    slopes = memory(scratch + r.slopes, (2, C), 0.0)
+    slopes = array_at(scratch + r.slopes, (2, C), 0.0)
     find_slopes(slopes, total, values, 1.0, 0, C)
     k0, k1 = rows[3], rows[4]
     for c in range(C):

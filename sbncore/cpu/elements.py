@@ -133,7 +133,7 @@ record_at, draw_at = _record(RECORD), _record(DRAW)
 
 
 @intrinsic
-def memory(typingctx: Any, address: Any, shape: Any, kind: Any) -> tuple[Any, Callable[..., Any]]:
+def array_at(typingctx: Any, address: Any, shape: Any, kind: Any) -> tuple[Any, Callable[..., Any]]:
     """The array of that shape at an address, of the type of the scalar ``kind``; None of None."""
     array = kind
     if not isinstance(kind, types.NoneType):
@@ -159,7 +159,7 @@ def memory(typingctx: Any, address: Any, shape: Any, kind: Any) -> tuple[Any, Ca
 @loop(inline="always")  # without Numba's runtime no function returns an array
 def channel_array(address, C, kind):
     """The array of a value for each channel, of length 0 if the address is 0."""
-    return memory(address, (C if address != 0 else 0,), kind)
+    return array_at(address, (C if address != 0 else 0,), kind)
 
 
 def zero(array):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sbncore.cpu.elements import draw_at, loop, memory
+from sbncore.cpu.elements import array_at, draw_at, loop
 from sbncore.cpu.record import LANES
 
 GOLDEN, MULTIPLIER_1, MULTIPLIER_2 = (
@@ -40,13 +40,19 @@ def bounded(word, size):
     return np.int64(((word >> np.uint64(32)) * np.uint64(size)) >> np.uint64(32))
 
 
+@loop(forceinline=True)
+def run_arrays(r, size):
+    """Return the arrays (size,) at a record's begin, length and share."""
+    shape = (size,)
+    return array_at(r.begin, shape, 0), array_at(r.length, shape, 0), array_at(r.share, shape, 0.0)
+
+
 def map_places(address):
     """`sbncore.plans.MapPlaces`, in the order of memory."""
     d = draw_at(address)
     key, S, positions, run, stride, align = stream_key(d), d.S, d.positions, d.run, d.stride, d.align
     runs = -(-positions // run)
-    shape = ((runs + 1) * d.rows,)
-    begin, length, share = memory(d.begin, shape, 0), memory(d.length, shape, 0), memory(d.share, shape, 0.0)
+    begin, length, share = run_arrays(d, (runs + 1) * d.rows)
     count = 0
     for n in range(d.first, d.first + d.rows):
         start = align * bounded(absorb(key, 0 if d.common else n), S // align)
@@ -73,8 +79,7 @@ def map_places(address):
 def whole_samples(address):
     """`sbncore.plans.WholeSamples` at a stride, in the order of memory."""
     d = draw_at(address)
-    shape = (d.samples,)
-    begin, length, share = memory(d.begin, shape, 0), memory(d.length, shape, 0), memory(d.share, shape, 0.0)
+    begin, length, share = run_arrays(d, d.samples)
     start = bounded(absorb(stream_key(d), 0), d.rows)
     wrapped = min(d.samples, -(-(d.rows - start) // d.stride))  # the first that lies behind the last row
     for k in range(d.samples):
@@ -85,17 +90,16 @@ def whole_samples(address):
 
 @loop(forceinline=True)
 def runs_in(r):
-    """begin, length and weight of a record's runs."""
-    shape = (r.runs,)
-    return memory(r.begin, shape, 0), memory(r.length, shape, 0), memory(r.share, shape, 0.0)
+    """Return begin, length and weight of a record's runs."""
+    return run_arrays(r, r.runs)
 
 
 @loop()
 def split_runs(r, scratch, begin, length, weight, longest):
     """Return the runs, joined where one follows the other, then split, in pieces of ``longest`` at most."""
     size = r.capacity
-    out_begin, out_length = memory(scratch, (size,), 0), memory(scratch + 8 * size, (size,), 0)
-    out_weight = memory(scratch + 16 * size, (size,), 0.0)
+    out_begin, out_length = array_at(scratch, (size,), 0), array_at(scratch + 8 * size, (size,), 0)
+    out_weight = array_at(scratch + 16 * size, (size,), 0.0)
     pieces, k = 0, 0
     while k < len(begin):
         first, end, p = begin[k], begin[k] + length[k], weight[k]
@@ -110,8 +114,8 @@ def split_runs(r, scratch, begin, length, weight, longest):
             pieces += 1
     shape = (pieces,)
     return (
-        memory(scratch, shape, 0), memory(scratch + 8 * size, shape, 0),
-        memory(scratch + 16 * size, shape, 0.0),
+        array_at(scratch, shape, 0), array_at(scratch + 8 * size, shape, 0),
+        array_at(scratch + 16 * size, shape, 0.0),
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ channel's 16 lanes; float64 beyond. Results do not depend on the threads.
 
 from __future__ import annotations
 
-from sbncore.cpu.elements import cast, loop, memory, sample_of, zero
+from sbncore.cpu.elements import array_at, cast, loop, sample_of, zero
 from sbncore.cpu.per_channel import (
     clear,
     find_pilots,
@@ -39,16 +39,16 @@ def forward(r, y, mask, x, residual, relu):
     """As `sbncore.cpu.channels_first.forward`."""
     N, C, S, block = r.N, r.C, r.S, r.block
     begin, length, weight = runs_in(r)
-    values, counters = memory(r.values, (6, C), 0.0), memory(r.counters, (COUNTERS,), 0)
+    values, counters = array_at(r.values, (6, C), 0.0), array_at(r.counters, (COUNTERS,), 0)
     scratch = thread_scratch(r, counters)
     nontemporal = r.nontemporal != 0 and aligned(y)
-    sums = memory(scratch + r.sums, (2, block), 0.0)
-    lane_sums = memory(scratch + r.lane_sums, (2, block * LANES), zero(x))
-    rows = memory(scratch + r.rows, (3, block * S), zero(x))
+    sums = array_at(scratch + r.sums, (2, block), 0.0)
+    lane_sums = array_at(scratch + r.lane_sums, (2, block * LANES), zero(x))
+    rows = array_at(scratch + r.rows, (3, block * S), zero(x))
     clear(lane_sums)
     clear(rows)
     shift, scale, offset = rows[0], rows[1], rows[2]
-    pilots = memory(scratch + r.pilots, (min(PILOTS, len(begin)),), 0)
+    pilots = array_at(scratch + r.pilots, (min(PILOTS, len(begin)),), 0)
     find_pilots(pilots, r, begin, length, False)
     while True:
         c0 = increment(counters, CHANNEL_TASK) * block
@@ -131,14 +131,14 @@ def backward(r, dx, dresidual, dy, x, mask, relu):
     """As `sbncore.cpu.channels_first.backward`; with precomputed sums too all of dx is written."""
     N, C, S, block = r.N, r.C, r.S, r.block
     begin, length, weight = runs_in(r)
-    values, total = memory(r.values, (6, C), 0.0), memory(r.total, (2, C), 0.0)
-    counters = memory(r.counters, (COUNTERS,), 0)
+    values, total = array_at(r.values, (6, C), 0.0), array_at(r.total, (2, C), 0.0)
+    counters = array_at(r.counters, (COUNTERS,), 0)
     scratch = thread_scratch(r, counters)
     summed = r.sums_over != PRECOMPUTED
     nontemporal = r.writes != 0 and r.nontemporal != 0 and aligned(dx) and aligned(dresidual)
-    sums, slopes = memory(scratch + r.sums, (2, block), 0.0), memory(scratch + r.slopes, (2, block), 0.0)
-    lane_sums = memory(scratch + r.lane_sums, (2, block * LANES), zero(x))
-    rows = memory(scratch + r.rows, (6, block * S), zero(x))
+    sums, slopes = array_at(scratch + r.sums, (2, block), 0.0), array_at(scratch + r.slopes, (2, block), 0.0)
+    lane_sums = array_at(scratch + r.lane_sums, (2, block * LANES), zero(x))
+    rows = array_at(scratch + r.rows, (6, block * S), zero(x))
     clear(lane_sums)
     clear(rows)
     shift, scale, offset, k0, k1, p = rows[0], rows[1], rows[2], rows[3], rows[4], rows[5]
