@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from sbncore.cpu.tuning import COMPILE_SECONDS
+
 PATIENCE = 1.0  # seconds of silence
-EACH = 12  # seconds that a kernel takes, about
 ROOT = Path(__file__).parents[2]
 
 
@@ -53,7 +54,7 @@ def _compile(folder: Path, names: list[str], cpu: tuple[str, str], tell: Callabl
 
 def _teller(folder: Path, names: list[str], cpu: str) -> Callable[[], None]:
     """Return what tells the user, once, why nothing seems to happen."""
-    begin, rounds = time.monotonic(), -(-len(names) // _cores())
+    begin, seconds = time.monotonic(), COMPILE_SECONDS * -(-len(names) // _cores())
     told = False
 
     def tell() -> None:
@@ -61,7 +62,7 @@ def _teller(folder: Path, names: list[str], cpu: str) -> Callable[[], None]:
         if not told and time.monotonic() - begin > PATIENCE:
             told = True
             print(
-                f"sbncore: compiling {len(names)} functions for the CPU {cpu!r}, about {EACH * rounds} s. "
+                f"sbncore: compiling {len(names)} functions for the CPU {cpu!r}, about {seconds} s. "
                 f"It happens once, they are kept in {folder}. To do it ahead: python -m sbncore warmup",
                 file=sys.stderr, flush=True,
             )  # fmt: skip
