@@ -1,5 +1,7 @@
 """What is drawn: as much as was asked, anywhere with the same chance, anew at every name of a draw."""
 
+import ctypes
+import itertools
 import math
 
 import numpy as np
@@ -282,6 +284,30 @@ def test_runs_are_few_even_and_drawn_alike_by_compiled_code(size):
             np.testing.assert_array_equal(a, b)
         if part.length < part.positions <= size // 2:
             assert part.stride >= size // 4 // 16 * 16 - 16
+
+
+def test_compiled_code_hashes_to_the_same_bits():
+    """`sbncore.cpu.runs` has the hash a second time; each word at its ends, sizes up to 2**32."""
+    from sbncore.cpu import kernels
+    from sbncore.cpu.names import DRAWS
+    from sbncore.cpu.record import Draw
+
+    map_places, whole_samples = kernels.functions(*DRAWS)
+    out = np.empty(12, np.int64)
+    begin, length, share = (out.ctypes.data + 32 * k for k in range(3))
+    ends = (0, 1, -1, 2**63 - 1, -(2**63), 0x1E3779B97F4A7C15)
+    random = np.random.default_rng(0).integers(-(2**63), 2**63, (100, 4)).tolist()
+    for words in [(*pair, *pair[::-1]) for pair in itertools.product(ends, ends)] + random:
+        key = stream_key(*words)
+        fixed = dict(zip(("seed", "layer", "step", "stream"), words, strict=True))
+        fixed |= {"begin": begin, "length": length, "share": share, "stride": 1, "weight": 1.0}
+        for n, size in ((0, 2**32), (7, 2**32 - 1), (3, 1000), (2**20, 2)):
+            draw = Draw(**fixed, first=n, rows=1, S=size, positions=1, run=1, align=1)
+            map_places(ctypes.addressof(draw))
+            assert draw.count == 1 and out[0] == n * size + hashing.bounded(absorb(key, n), size)
+            draw = Draw(**fixed, first=0, rows=size, S=3, samples=1)
+            whole_samples(ctypes.addressof(draw))
+            assert draw.count == 1 and out[0] == 3 * hashing.bounded(absorb(key, 0), size)
 
 
 @pytest.mark.parametrize("amount, size", [(100, 1024), (5, 1024), (1 / 20, 784), (1 / 12, 256)])
