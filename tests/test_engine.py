@@ -13,7 +13,7 @@ from strategies import DTYPES, cases
 import sbncore as sbn
 from sbncore import reference
 from sbncore.arrays import narrow
-from sbncore.cpu import engine
+from sbncore.cpu import tuning
 
 
 def check(case):
@@ -48,7 +48,7 @@ def test_forward_and_backward_are_the_references(case):
 def test_large_arrays_use_all_threads_and_stay_right(
     rng, monkeypatch, dtype, channels_last, gradient, residual
 ):
-    monkeypatch.setattr(engine, "PARALLEL", 1)
+    monkeypatch.setattr(tuning, "PARALLEL_ELEMENTS", 1)
     kind = DTYPES[dtype]
     x, dy, r = (rng.normal(1, 2, (6, 70, 40, 31)).astype(kind) for _ in range(3))
     r = r if residual else None

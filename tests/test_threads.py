@@ -10,12 +10,12 @@ import pytest
 from strategies import DTYPES
 
 import sbncore as sbn
-from sbncore.cpu import engine
+from sbncore.cpu import tuning
 
 
 @pytest.fixture(autouse=True)
 def _threads_for_everything(monkeypatch):
-    monkeypatch.setattr(engine, "PARALLEL", 1)
+    monkeypatch.setattr(tuning, "PARALLEL_ELEMENTS", 1)
     before = sbn.get_num_threads()
     yield
     sbn.set_num_threads(before)
@@ -61,8 +61,8 @@ def test_a_forked_child_computes_the_same():
     script = """
 import os, warnings
 import numpy as np, sbncore as sbn
-from sbncore.cpu import engine
-engine.PARALLEL = 1
+from sbncore.cpu import tuning
+tuning.PARALLEL_ELEMENTS = 1
 warnings.simplefilter("ignore")
 sbn.set_num_threads(3)
 x = np.random.default_rng(0).normal(size=(16, 32, 40, 40)).astype(np.float32)
@@ -82,8 +82,8 @@ def test_a_call_while_python_exits_does_without_the_pool():
     script = """
 import atexit
 import numpy as np, sbncore as sbn
-from sbncore.cpu import engine
-engine.PARALLEL = 1
+from sbncore.cpu import tuning
+tuning.PARALLEL_ELEMENTS = 1
 sbn.set_num_threads(3)
 x = np.random.default_rng(0).normal(size=(16, 32, 40, 40)).astype(np.float32)
 before = sbn.forward(x)[0]

@@ -11,14 +11,14 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import sbncore as sbn  # noqa: E402
-from sbncore.cpu import engine, threads  # noqa: E402
+from sbncore.cpu import threads, tuning  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not threads.openmp(), reason="no OpenMP library of PyTorch's in this process")
 
 
 @pytest.fixture(autouse=True)
 def _threads_for_everything(monkeypatch):
-    monkeypatch.setattr(engine, "PARALLEL", 1)
+    monkeypatch.setattr(tuning, "PARALLEL_ELEMENTS", 1)
     before = sbn.get_num_threads()
     sbn.set_num_threads(3)
     yield
@@ -59,8 +59,8 @@ def test_a_forked_child_does_not_wait_for_threads_it_has_not():
     script = """
 import os, warnings
 import numpy as np, torch, sbncore as sbn
-from sbncore.cpu import engine, threads
-engine.PARALLEL = 1
+from sbncore.cpu import threads, tuning
+tuning.PARALLEL_ELEMENTS = 1
 warnings.simplefilter("ignore")
 sbn.set_num_threads(3)
 torch.randn(1 << 20).relu()

@@ -108,16 +108,16 @@ def test_every_width_gives_the_same_bits(tmp_path):
 @pytest.mark.parametrize("offset", [0, 16, 4, 8])
 def test_streamed_or_not_and_wherever_it_lies_results_are_the_same_bits(monkeypatch, offset):
     for case in cases(("float32", "float16")):
-        monkeypatch.setattr(engine, "STREAM", 1 << 60)
+        monkeypatch.setattr(engine, "NONTEMPORAL_BYTES", 1 << 60)
         expected = run(*case)
         assert run(*case, offset=offset) == expected
-        monkeypatch.setattr(engine, "STREAM", 0)
+        monkeypatch.setattr(engine, "NONTEMPORAL_BYTES", 0)
         assert run(*case, offset=offset) == expected
 
 
 def test_a_result_may_take_the_place_of_its_input(monkeypatch):
     for stream in (0, 1 << 60):
-        monkeypatch.setattr(engine, "STREAM", stream)
+        monkeypatch.setattr(engine, "NONTEMPORAL_BYTES", stream)
         for shape in SHAPES:
             x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
             statistics = sbn.moments(x)

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sbncore.arrays import STORAGE, address
-from sbncore.cpu import draws, engine, kernels, threads
+from sbncore.cpu import draws, engine, kernels, threads, tuning
 from sbncore.cpu.record import EVERYTHING, PRECOMPUTED, SAMPLE, Record
+from sbncore.cpu.tuning import CACHE_LINE
 from sbncore.plans import Draw, Plan, Runs
 from sbncore.signature import Pointers, Scalars, Signature, step_of
 
@@ -20,7 +21,6 @@ KEPT_RUNS = 64  # draws of a Call whose runs are kept for backward: layers of on
 KEPT_PLACES = 8  # the same, where a draw is spelled out place by place
 NOWHERE = Runs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
 CLAIMS = Record.claims.offset
-ALIGNED = 64  # bytes, of scratch memory: no vector lies across two cache lines
 _ADDRESSES = struct.Struct("<23q")  # from Record.x on
 _CONSTANTS = struct.Struct("<4d")  # from Record.prior on
 
@@ -110,7 +110,8 @@ class Call:
         _, _, _, recipe, relu, residual = self.signature
         division, full = self.division, recipe.full and drawn > 0
         nbytes = self.elements * self.storage.itemsize
-        nontemporal = writes and division.whole and nbytes >= engine.KEPT * engine.STREAM
+        least = tuning.NONTEMPORAL_OUTPUT_FACTOR * engine.NONTEMPORAL_BYTES
+        nontemporal = writes and division.whole and nbytes >= least
         kernel = kernels.kernel(
             division.memory, "forward", self.storage.char, relu, residual, masked, drawn > 0
         )
@@ -124,7 +125,7 @@ class Call:
         self, drawn: int, writes: bool, residual: bool, repairs: bool, sums_over: int
     ) -> Prepared:
         layout, division = self.signature.layout, self.division
-        nontemporal = division.whole and self.elements * self.storage.itemsize >= engine.STREAM
+        nontemporal = division.whole and self.elements * self.storage.itemsize >= engine.NONTEMPORAL_BYTES
         relu, masked = self.signature.relu, self.mask > 0
         kernel = kernels.kernel(
             division.memory, "backward", self.storage.char, relu, residual, masked, False
@@ -149,9 +150,9 @@ class Call:
         record.runs, record.groups = drawn, division.groups(everything, drawn)
         if division.piece:
             record.capacity = drawn + self.elements // division.piece
-            scratch += engine.multiple(24 * record.capacity, ALIGNED)
+            scratch += engine.multiple(24 * record.capacity, CACHE_LINE)
         record.scratch_size = scratch
-        partial = engine.multiple(16 * record.groups * self.channels, ALIGNED)
+        partial = engine.multiple(16 * record.groups * self.channels, CACHE_LINE)
         return Prepared(kernel, bytes(record), partial, scratch)
 
     def _run(
@@ -160,9 +161,9 @@ class Call:
         """Give the record its addresses and scratch memory, and run its kernel on it."""
         kernel, _, partial, scratch = prepared
         count = threads.count(self.division.tasks) if engine.parallel(self.elements) else 1
-        room, here = np.empty(ALIGNED + partial + count * scratch, np.uint8), addressof(record)
+        room, here = np.empty(CACHE_LINE + partial + count * scratch, np.uint8), addressof(record)
         begin, length, share = map(address, runs)
-        first = (address(room) + ALIGNED - 1) & -ALIGNED
+        first = (address(room) + CACHE_LINE - 1) & -CACHE_LINE
         _ADDRESSES.pack_into(
             record, Record.x.offset, at.x, at.y, at.residual, at.mask, at.dy, at.dx, at.dresidual, at.state,
             at.weight, at.bias, at.running_mean, at.running_var, at.dweight, at.dbias, at.prior_mean,

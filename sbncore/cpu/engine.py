@@ -8,38 +8,23 @@ import os
 from functools import lru_cache
 from pathlib import Path
 
-from sbncore.cpu import threads
+from sbncore.cpu import threads, tuning
 from sbncore.cpu.record import LANES, Record
-from sbncore.cpu.tuning import CHANNEL_BLOCK, PILOTS
 from sbncore.layout import Layout
 
-SEGMENT, SHORT_SEGMENT = 65536, 2048  # elements of a sample that a task goes over at once, channels-first
-SPREAD = 512  # elements of a channel worth summing up
-TILE = 256  # elements of the shortest channels-last row worth a loop
-RUN = 16384  # elements of a channels-last run, which is summed in float32
-PLACES = 64  # of such a run at least: what flushing its sums is shared among
-TASK = 16384  # elements worth a task of their own
-TASKS = 64
-GROUPS = 32  # of runs of channels-last memory, whose sums are tasks
-CACHED = 1 << 20  # elements of an array that is read twice, in the order of memory, rather than by blocks
-PARALLEL = 1 << 20  # minimum number of elements for multi-threading: to start takes 50 to 100 us
-AWAKE = 8  # times fewer are worth threads that are awake, OpenMP's
-SUPPOSED = 32 << 20  # bytes of a last cache at least
-LINE = 64  # bytes
 
-
-def _worth_streaming() -> int:
-    """Bytes of a gradient from which on it is written past the caches: an eighth of the last of them.
+def _nontemporal_bytes() -> int:
+    """Return the bytes from which on a gradient is written past the caches.
 
     SBNCORE_STREAM, in bytes, overrides it: 0 streams everything.
     """
     asked = os.environ.get("SBNCORE_STREAM", "")
-    return int(asked) if asked.isdigit() else _last_cache() // 8
+    return int(asked) if asked.isdigit() else _last_cache() // tuning.NONTEMPORAL_FRACTION
 
 
 def _last_cache() -> int:
     """Bytes of the last cache as Linux tells, shared by the cores around it; glibc adds up all there are."""
-    sizes = [SUPPOSED]
+    sizes = [tuning.LAST_CACHE_BYTES]
     with contextlib.suppress(OSError, ValueError):
         for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
             number = path.read_text().strip()
@@ -47,8 +32,7 @@ def _last_cache() -> int:
     return max(sizes)
 
 
-STREAM = _worth_streaming()
-KEPT = 3  # times larger is an output that is streamed: a forward has fewer arrays in the cache with it
+NONTEMPORAL_BYTES = _nontemporal_bytes()
 
 
 class Engine:
@@ -70,7 +54,7 @@ class Engine:
         self.scratch = 0
         for name, size in scratch.items():
             setattr(record, name, self.scratch)
-            self.scratch += multiple(size, LINE)
+            self.scratch += multiple(size, tuning.CACHE_LINE)
         self.template = bytes(record)
 
     def groups(self, everything: bool, drawn: int) -> int:
@@ -85,24 +69,24 @@ class First(Engine):
     """
 
     memory = "channels_first"
-    segment = SEGMENT
+    segment = tuning.SEGMENT_ELEMENTS
 
     def __init__(self, layout: Layout) -> None:
         super().__init__(layout)
         N, C, S = self.sizes
-        wanted = max(1, min(TASKS // 4, C, self.elements // TASK))
+        wanted = max(1, min(tuning.MAX_TASKS // 4, C, self.elements // tuning.TASK_ELEMENTS))
         segment, even = -(-self.segment // max(1, S)), LANES // math.gcd(S, LANES)
         block, sweep = (
             max(1, min(C, multiple(size, even))) for size in (min(segment, -(-C // wanted)), min(segment, C))
         )
-        spread = max(1, -(-SPREAD // max(1, S)), SEGMENT // (sweep * max(1, S)))
+        spread = max(1, -(-tuning.SWEEP_VALUES // max(1, S)), tuning.SEGMENT_ELEMENTS // (sweep * max(1, S)))
         self.swept = -(-N // spread)
-        self.whole, self.cached = C * S % LANES == 0, self.elements <= CACHED
+        self.whole, self.cached = C * S % LANES == 0, self.elements <= tuning.TWO_SWEEPS_ELEMENTS
         self.tasks = max(-(-C // block), -(-C // sweep) * self.swept)
         size, cuts = max(block, sweep), {"block": block, "sweep": sweep, "spread": spread}
         sums, rows = 16 * size, 8 * 6 * block * S if S < LANES else 0
         self.prepare(
-            cuts, pilots=8 * PILOTS, sums=sums, slopes=sums, lane_sums=LANES * sums, rows=rows,
+            cuts, pilots=8 * tuning.PILOTS, sums=sums, slopes=sums, lane_sums=LANES * sums, rows=rows,
             weights=8 * (S + 2 * LANES),
         )  # fmt: skip
 
@@ -114,7 +98,7 @@ class ShortFirst(First):
     """Channels-first, of maps of fewer positions than a vector has lanes."""
 
     memory = "short_maps"
-    segment = SHORT_SEGMENT
+    segment = tuning.SHORT_MAPS_ELEMENTS
 
     def groups(self, everything: bool, drawn: int) -> int:
         return 0
@@ -133,17 +117,18 @@ class Last(Engine):
         super().__init__(layout)
         N, C, S = self.sizes
         places, width = N * S, max(1, C)
-        tile = max(1, multiple(max(1, TILE // width), LANES // math.gcd(C, LANES)))
-        piece = multiple(max(PLACES, RUN // width), tile)
-        span = multiple(max(-(-places // TASKS), -(-TASK // width)), tile)
+        tile = max(1, multiple(max(1, tuning.ROW_ELEMENTS // width), LANES // math.gcd(C, LANES)))
+        piece = multiple(max(tuning.FLUSH_PLACES, tuning.FLUSH_ELEMENTS // width), tile)
+        span = multiple(max(-(-places // tuning.MAX_TASKS), -(-tuning.TASK_ELEMENTS // width)), tile)
         self.tasks, self.piece = -(-places // span), piece * width
         cuts = {"tile": tile, "piece": piece, "span": span}
         self.prepare(
-            cuts, pilots=8 * PILOTS, sums=16 * CHANNEL_BLOCK, slopes=16 * C, rows=8 * 5 * tile * C, pieces=0,
+            cuts, pilots=8 * tuning.PILOTS, sums=16 * tuning.CHANNEL_BLOCK, slopes=16 * C,
+            rows=8 * 5 * tile * C, pieces=0,
         )  # fmt: skip
 
     def groups(self, everything: bool, drawn: int) -> int:
-        return self.tasks if everything else min(GROUPS, drawn)
+        return self.tasks if everything else min(tuning.RUN_TASKS, drawn)
 
 
 @lru_cache(maxsize=1024)
@@ -161,7 +146,9 @@ def multiple(value: int, of: int) -> int:
 
 def parallel(elements: int) -> bool:
     """Whether a call over so many elements is worth more than one thread."""
-    return elements >= PARALLEL or (elements >= PARALLEL // AWAKE and threads.openmp() > 0)
+    if elements >= tuning.PARALLEL_ELEMENTS:
+        return True
+    return elements >= tuning.PARALLEL_ELEMENTS // tuning.OPENMP_ADVANTAGE and threads.openmp() > 0
 
 
 def mask_size(layout: Layout) -> int:
