@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import ctypes
 
-import numpy as np
-
 LANES = 16  # of the kernels' vectors, whatever the CPU has
 # What backward sums over, `Record.sums_over`; precomputed sums are in ``total``.
 EVERYTHING, SAMPLE, PRECOMPUTED = range(3)
@@ -82,14 +80,3 @@ class Draw(ctypes.Structure):
         )),
         ("weight", ctypes.c_double),
     ]  # fmt: skip
-
-
-# NumPy's ABI: where its elements are stands behind the head that all of Python's objects have.
-# ``array.ctypes`` and ``__array_interface__`` take ten times as long, and a call needs a dozen.
-_words = ctypes.cast(8, ctypes.POINTER(ctypes.c_int64))  # memory, from address 8 on
-_BEHIND = object.__basicsize__ - 8
-
-
-def addresses(*arrays: np.ndarray | None) -> list[int]:
-    """Return where arrays begin, 0 of None."""
-    return [0 if array is None else _words[id(array) + _BEHIND >> 3] for array in arrays]
