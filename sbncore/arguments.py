@@ -18,7 +18,6 @@ from sbncore.plans import Plan
 from sbncore.signature import Call, Signature
 
 SIGNATURES = 4096  # that are remembered
-USUAL = (float, int, str, bool, type(None))  # types of options that tell a call from another
 VECTORS = ("running_mean", "running_var", "weight", "bias", "prior_mean", "prior_var")
 
 
@@ -80,16 +79,18 @@ def prepared(views: Arguments, plan: Plan, options: Options) -> Prepared:
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    kinds = tuple(map(type, options))  # 1.0 is equal to 1 and True
     looks = [None if view is None else look(view) for view in views]
-    key = (*looks, *kinds, *options, plan.recipe) if set(kinds).issubset(USUAL) else None
-    found = _prepared.get(key)
+    # 1.0 is equal to 1, and 1 to True
+    key = (options, type(options.eps), type(options.channel_axis), plan.recipe, *looks)
+    try:
+        found = _prepared.get(key)
+    except TypeError:  # an option that nothing is found by, and that is refused
+        return checked(views, plan, options)
     if found is None:
         found = checked(views, plan, options)
-        if key is not None:
-            if len(_prepared) >= SIGNATURES:
-                _prepared.clear()
-            _prepared[key] = found
+        if len(_prepared) >= SIGNATURES:
+            _prepared.clear()
+        _prepared[key] = found
     return found
 
 

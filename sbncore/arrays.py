@@ -51,6 +51,8 @@ def borrow(array: Array, name: str, written: bool = False) -> np.ndarray:
         ValueError: if it is to be written, and is read-only or would come as a copy.
     """
     if isinstance(array, np.ndarray):
+        if not written and type(array) is np.ndarray and array.dtype.char in "fd" and array.dtype.isnative:
+            return array
         if isinstance(array, np.ma.MaskedArray):
             raise TypeError(f"{name}: expected an array without a mask, got a masked array")
         if written and not array.flags.writeable:

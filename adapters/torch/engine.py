@@ -18,7 +18,7 @@ from sbncore.arguments import SIGNATURES, Arguments, Options
 from sbncore.call import call_for
 from sbncore.layout import Layout
 from sbncore.plans import Draw, Plan, Recipe
-from sbncore.signature import ROWS, Call, Pointers, Scalars, Signature
+from sbncore.signature import ROWS, Call, Pointers, Scalars, Signature, step_at
 
 Vectors = tuple[Tensor | None, ...]  # weight, bias, running_mean, running_var, prior_mean, prior_var
 State = tuple[Tensor, Tensor]  # values and the step, the mask
@@ -34,12 +34,12 @@ class Sample(NamedTuple):
     fewest: int = 2
 
 
-def plan_of(x: Tensor, sample: Sample, step: Tensor) -> Plan:
+def plan_of(x: Tensor, sample: Sample, step: Tensor | int) -> Plan:
     """Return the plan of a call; a step in a GPU's memory stays there, where the sampler allows it."""
     name, seed, layer, fewest = sample
     recipe = _recipe(name, x.shape, fewest)
     on_device = x.is_cuda and (recipe is None or recipe.apart)
-    now = step if on_device else int(step.item())
+    now = step if on_device or isinstance(step, int) else int(step.item())
     if recipe is not None:
         return Plan(recipe, Draw(seed, layer, now))
     plan = named(name).plan(x.shape, seed=seed, layer=layer, step=now, fewest=fewest)
@@ -53,9 +53,11 @@ def _recipe(sampler: str, shape: torch.Size, fewest: int) -> Recipe | None:
     return plan.recipe if named(sampler).settled else None
 
 
-def step_in(state: Tensor) -> Tensor:
-    """Return the step that a forward left in its state."""
-    return state[-1:].view(torch.int64)
+def step_in(state: Tensor) -> Tensor | int:
+    """Return the step that a forward left in its state; a GPU's stays there."""
+    if state.is_cuda:
+        return state[-1:].view(torch.int64)
+    return step_at(address(state) + 8 * (state.numel() - 1)).value
 
 
 def check(
@@ -101,7 +103,7 @@ def forward(
     added = None if residual is None else dense_as(residual, x)
     kinds = (PARAMETER[x.dtype],) * 4 + (getattr(torch, call.prior_element),) * 2
     held = [vector(each, kind) for each, kind in zip(vectors, kinds, strict=True)]
-    memory = new(call.memory, dtype=torch.uint8)
+    memory = new(call.memory, dtype=torch.uint8) if call.memory else None
     # between a mask's rows lie bytes that nobody writes
     mask = (new if x.is_cuda else x.new_zeros)(call.mask, dtype=torch.uint8)
     weight, bias, *moved, prior_mean, prior_var = map(address, held)
@@ -113,7 +115,7 @@ def forward(
     )  # fmt: skip
     call.forward(at, draw, scalars, stream_of(x))
     if x.is_cuda and draw is not None and not step:
-        step_in(state).fill_(draw.step)
+        state[-1:].view(torch.int64).fill_(draw.step)
     for tensor, copy in zip(vectors[2:4], held[2:4], strict=True):
         if copy is not tensor and tensor is not None and copy is not None:
             tensor.copy_(copy)
@@ -136,7 +138,7 @@ def backward(
     if not x.numel():
         return dx, *(None if each is None else each.zero_() for each in sums), dresidual
     call = _call(x, layout, plan.recipe, relu, mask.numel() > 0)
-    memory = new(call.memory, dtype=torch.uint8)
+    memory = new(call.memory, dtype=torch.uint8) if call.memory else None
     at = Pointers(
         dx=address(dx), dresidual=address(dresidual) if relu else 0, dweight=address(sums[0]),
         dbias=address(sums[1]), x=address(x), dy=address(dy), mask=address(mask), state=address(values),

@@ -159,7 +159,7 @@ class SampledBatchNorm(_BatchNorm):
         if counts is not False:
             if tracked and mean is not None:
                 self._move(mean, var, counts)
-            counter.add_(counts)
+            counter.add_(1 if counts is True else counts)
         return y
 
     def _options(self) -> Options:

@@ -92,9 +92,10 @@ def _backward(
     results = engine.backward(dy, x, (state, mask), plan, gradient, relu, needs)
     likes = (x, weight, bias, x)
     return tuple(  # type: ignore[return-value]
-        x.new_empty(0) if one is None else one if like is None else one.to(like.dtype)
+        x.new_empty(0) if one is None
+        else one if like is None or one.dtype is like.dtype else one.to(like.dtype)
         for one, like in zip(results, likes, strict=True)
-    )
+    )  # fmt: skip
 
 
 def _fake_backward(

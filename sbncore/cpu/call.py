@@ -15,7 +15,7 @@ from sbncore.cpu import draws, engine, kernels, threads, tuning
 from sbncore.cpu.record import EVERYTHING, PRECOMPUTED, SAMPLE, Record
 from sbncore.cpu.tuning import CACHE_LINE
 from sbncore.plans import Draw, Plan, Runs
-from sbncore.signature import Pointers, Scalars, Signature, step_of
+from sbncore.signature import ROWS, Pointers, Scalars, Signature, step_at
 
 KEPT_RUNS = 64  # draws of a Call whose runs are kept for backward: layers of one signature in a network
 KEPT_PLACES = 8  # the same, where a draw is spelled out place by place
@@ -76,7 +76,7 @@ class Call:
         )
         record.skip_nonfinite = scalars.skip_nonfinite
         if draw is not None:
-            step_of(at.state, self.channels).value = _signed(draw.step)
+            step_at(at.state + 8 * ROWS * self.channels).value = _signed(draw.step)
         self._run(prepared, record, at, runs)
 
     def backward(
