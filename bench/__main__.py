@@ -11,6 +11,7 @@ BENCHMARKS = {
     "fidelity": "how near each sampler's estimates come on real activations, layer by layer",
     "overhead": "what a call of the PyTorch layer costs on small tensors",
     "targets": "the CPU engine against its goals, shape by shape",
+    "demo": "a small network trained in NumPy with each sampler: make demo",
     "start": "imports and first calls on the CPU, in seconds, with and without compiled kernels",
     "kernels": "what every CUDA kernel needs of a GPU, compiled without one",
 }

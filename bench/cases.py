@@ -1,9 +1,11 @@
-"""What a layer is measured on, and the judge: arrays of one shape, layout and dtype against the reference."""
+"""What a layer is measured on, and how its results are checked against the float64 reference."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -11,8 +13,26 @@ from sbncore import reference
 from sbncore.arrays import empty
 
 EPS = 1e-5
-TOLERANCE = {"float64": 1e-11, "float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
-JUDGED = 1_500_000  # values at most that the float64 reference is given
+MB = 1_000_000
+ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+SAMPLED = 1 / 16  # of the data, where nothing else is said
+CHECKED = 1_700_000  # values at most that the reference is given, but for one whole channel
+
+
+class Tolerance(NamedTuple):
+    """Largest error, relative to the largest value."""
+
+    ours: float
+    peers: float  # NumPy adds rows in float32, one by one; PyTorch rounds after each operation
+    unsure: float  # |z| up to which rounding may decide whether ReLU passes a value
+
+
+TOLERANCE = {
+    "float64": Tolerance(1e-11, 5e-10, 1e-9),
+    "float32": Tolerance(2e-5, 1e-3, 1e-3),
+    "float16": Tolerance(4e-3, 1e-2, 3e-2),
+    "bfloat16": Tolerance(3e-2, 6e-2, 3e-2),
+}
 
 
 class WrongResult(Exception):
@@ -21,111 +41,199 @@ class WrongResult(Exception):
 
 @dataclass(frozen=True)
 class Case:
-    """One layer's call; layout "first" or "last" is the memory's, channels are axis 1 in both."""
+    """One layer's call; ``layout`` "first" or "last" is the memory's, channels are axis 1 in both."""
 
     shape: tuple[int, ...]
-    layout: str
-    dtype: str
-    relu: bool
-    residual: bool
+    layout: str = "first"
+    dtype: str = "float32"
+    relu: bool = False
+    residual: bool = False
+
+    @property
+    def size(self) -> str:
+        return "×".join(map(str, self.shape))
+
+    @property
+    def variant(self) -> str:
+        return "BN" + "+add" * self.residual + "+ReLU" * self.relu
+
+    @property
+    def C(self) -> int:
+        return self.shape[1]
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.elements * ITEMSIZE[self.dtype]
+
+    def moved(self, phase: str, sampled: float = SAMPLED) -> int:
+        """Return the bytes of an exact phase: tensors, the sample again, a bit for each masked value."""
+        masked = self.relu and self.residual
+        tensors, sample, bits = {"forward": (2 + self.residual, 1, 1), "backward": (3 + masked, 3, 1)}.get(
+            phase, (5 + self.residual + masked, 4, 2)
+        )
+        return round((tensors + sample * sampled) * self.nbytes) + masked * bits * self.elements // 8
 
     def __str__(self) -> str:
-        extras = "".join(f" +{name}" for name in ("residual", "relu") if getattr(self, name))
-        return f"{'×'.join(map(str, self.shape))} channels-{self.layout} {self.dtype}{extras}"
+        return f"{self.size} channels-{self.layout} {self.dtype} {self.variant}"
+
+
+class Buffers(NamedTuple):
+    """Inputs, and the memory that results go to."""
+
+    x: Any
+    dy: Any
+    y: Any
+    dx: Any
+    residual: Any
 
 
 class Data:
-    """The arrays of a case, in its memory layout, and the buffers that results go to.
+    """The arrays of a case in its memory layout: NumPy's on the CPU, PyTorch's tensors on a GPU.
 
-    All begin at a cache line, as PyTorch's own do, for every contender alike.
+    Several ``sets`` of buffers, used in rotation, keep a tensor from being still in the cache.
     """
 
-    def __init__(self, case: Case, seed: int = 0) -> None:
-        rng = np.random.default_rng(seed)
-        self.case = case
-        self.dtype = _dtype(case.dtype)
-        wide = np.float64 if case.dtype == "float64" else np.float32
-        N, C, *spatial = case.shape
-        sizes = (N, C, *spatial) if case.layout == "first" else (N, *spatial, C)
-
-        def draw(mean: float, deviation: float) -> np.ndarray:
-            values = rng.standard_normal(sizes, dtype=wide)
-            values *= deviation
-            values += mean
-            memory = empty(sizes, self.dtype)
-            memory[...] = values
-            return self.arrange(memory)
-
-        self.x, self.dy = draw(1, 2), draw(0, 1)
-        self.residual = draw(0, 1) if case.residual else None
-        self.weight = (1 + 0.1 * rng.standard_normal(C)).astype(wide)
-        self.bias = (0.1 * rng.standard_normal(C)).astype(wide)
-        self.y, self.dx = (self.arrange(empty(sizes, self.dtype)) for _ in range(2))
-
-    def arrange(self, memory: np.ndarray) -> np.ndarray:
-        return memory if self.case.layout == "first" else np.moveaxis(memory, -1, 1)
+    def __init__(self, case: Case, device: str = "cpu", sets: int = 1, seed: int = 0) -> None:
+        self.case, self.device = case, device
+        unset, normal = (_numpy if device == "cpu" else _torch)(case, seed)
+        self.sets = [
+            Buffers(normal(unset(), 1, 2), normal(unset(), 0, 1), unset(), unset(),
+                    normal(unset(), 0, 1) if case.residual else None)
+            for _ in range(sets)
+        ]  # fmt: skip
+        self.weight, self.bias = (normal(unset(True), mean, 0.1) for mean in (1, 0))
 
     def memory(self, array: np.ndarray) -> np.ndarray:
-        """Return the array as (N, C, S), or channels-last as (N*S, C): a view."""
+        """Return a NumPy array as (N, C, S), or channels-last as (N*S, C): a view."""
         N, C = self.case.shape[:2]
         if self.case.layout == "first":
             return array.reshape(N, C, -1)
         return np.moveaxis(array, 1, -1).reshape(-1, C)
 
 
-class Implementation(Protocol):
+Makers = tuple[Callable[..., Any], Callable[[Any, float, float], Any]]  # an array, and normal values in it
+
+
+def _numpy(case: Case, seed: int) -> Makers:
+    """All arrays begin at a cache line, as PyTorch's own do."""
+    rng = np.random.default_rng(seed)
+    wide: Any = np.float64 if case.dtype == "float64" else np.float32
+    if case.dtype == "bfloat16":
+        import ml_dtypes
+
+        kind = np.dtype(ml_dtypes.bfloat16)
+    else:
+        kind = np.dtype(case.dtype)
+    N, C, *spatial = case.shape
+
+    def unset(parameter: bool = False) -> np.ndarray:
+        if parameter:
+            return empty((C,), np.dtype(wide))
+        if case.layout == "first":
+            return empty(case.shape, kind)
+        return np.moveaxis(empty((N, *spatial, C), kind), -1, 1)
+
+    def normal(array: np.ndarray, mean: float, deviation: float) -> np.ndarray:
+        values = rng.standard_normal(array.shape, dtype=wide)
+        values *= deviation
+        values += mean
+        array[...] = values
+        return array
+
+    return unset, normal
+
+
+def _torch(case: Case, seed: int) -> Makers:
+    import torch
+
+    torch.manual_seed(seed)
+    layout = torch.contiguous_format if case.layout == "first" else torch.channels_last
+    kind = getattr(torch, case.dtype)
+
+    def unset(parameter: bool = False) -> Any:
+        if parameter:
+            return torch.empty(case.C, device="cuda")
+        return torch.empty(case.shape, device="cuda", dtype=kind, memory_format=layout)
+
+    return unset, lambda tensor, mean, deviation: tensor.normal_(mean, deviation)
+
+
+def tensor(array: Any) -> Any:
+    """Return PyTorch's view of a NumPy array, or the tensor it is."""
+    import torch
+
+    if not isinstance(array, np.ndarray):
+        return array
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def host(array: Any) -> np.ndarray:
+    """Return any array as float64 in NumPy's."""
+    if hasattr(array, "detach"):
+        return array.detach().double().cpu().numpy()  # type: ignore[no-any-return]
+    return np.asarray(array.get() if hasattr(array, "get") else array).astype(np.float64)
+
+
+class Checked(Protocol):
     """One way to compute a layer: ours or a peer's."""
 
     name: str
+    ours: bool
+    turn: int
+    data: Data
 
-    def forward(self) -> None: ...
+    def forward(self) -> Any: ...
 
-    def backward(self) -> None: ...
+    def backward(self) -> Any: ...
 
     def weights(self) -> np.ndarray:
         """Return p of the last forward, (N, *spatial)."""
 
     def results(self) -> dict[str, Any]:
-        """Return y and the gradients by name, as NumPy arrays."""
+        """Return y and the gradients by name."""
 
 
-def verify(one: Implementation, data: Data, tolerance: float) -> None:
+def verify(one: Checked) -> None:
     """Compare a forward and a backward with the reference, on a few channels of the whole batch.
 
-    Nothing crosses channels, so that judging a few of them is exact.
+    Nothing crosses channels, so that checking a few is exact. Where rounding may decide about ReLU, dy of
+    these channels becomes 0: either derivative is right there.
 
     Raises:
         WrongResult: naming what differs and by how much.
     """
-    case = data.case
-    N, C, *spatial = case.shape
-    few = max(2, min(16, JUDGED // (N * int(np.prod(spatial)))))
-    at = np.unique(np.linspace(0, C - 1, few).astype(int))
+    data, case, allowed = one.data, one.data.case, TOLERANCE[one.data.case.dtype]
+    values = case.elements // case.C
+    few = max(1, min(16, CHECKED // values))
+    # The last channel is always among them: it is at the largest offset.
+    at = np.unique(np.linspace(case.C - 1, 0, few).astype(int)).tolist()
+    x, dy, _, _, residual = data.sets[0]
+    one.turn = -1
     one.forward()
     y, saved = reference.forward(
-        data.x[:, at], data.weight[at], data.bias[at], p=one.weights(), eps=EPS,
+        host(x[:, at]), host(data.weight[at]), host(data.bias[at]), p=one.weights(), eps=EPS,
         activation="relu" if case.relu else None,
-        residual=None if data.residual is None else data.residual[:, at],
+        residual=None if residual is None else host(residual[:, at]),
     )  # fmt: skip
-    if case.relu:  # where z is 0 up to rounding either derivative is right
-        dy = data.dy[:, at]
-        dy[np.abs(saved.z) < (1e-9 if case.dtype == "float64" else 1e-3)] = 0
-        data.dy[:, at] = dy
+    if case.relu:
+        sure = np.abs(saved.z) >= allowed.unsure
+        dy[:, at] *= sure.astype(dy.dtype) if isinstance(dy, np.ndarray) else dy.new_tensor(sure)
+    one.turn = -1
     one.backward()
-    truth = {"y": y, **reference.backward(data.dy[:, at], saved)}
+    truth = {"y": y, **reference.backward(host(dy[:, at]), saved)}
     for name, value in one.results().items():
-        got = np.asarray(value[at] if value.ndim == 1 else value[:, at]).astype(np.float64)
-        error = np.abs(got - truth[name]).max() / max(1.0, np.abs(truth[name]).max())
+        of_channels = value.ndim == 1
+        least = math.sqrt(values) if of_channels else 1.0  # a sum of so many may be near 0 by chance
+        got = host(value[at] if of_channels else value[:, at])
+        error = np.abs(got - truth[name]).max() / max(least, np.abs(truth[name]).max())
+        tolerance = allowed.ours if one.ours else allowed.peers
         if not error <= tolerance:
             what = name if name == "y" else f"the gradient of {name}"
-            raise WrongResult(
-                f"{one.name} on {case}: {what} is off by {error:.1e}, more than {tolerance:.0e} allows"
-            )
-
-
-def _dtype(name: str) -> np.dtype:
-    if name != "bfloat16":
-        return np.dtype(name)
-    import ml_dtypes
-
-    return np.dtype(ml_dtypes.bfloat16)
+            bound = f"more than {tolerance:.0e} allows"
+            raise WrongResult(f"{one.name} on {case}: {what} is off by {error:.1e}, {bound}")

@@ -1,81 +1,43 @@
-"""What the GPU benchmark lets run: a case's rotating buffers, ours and PyTorch over them, and their judge.
-
-Works on PyTorch's CPU tensors too, which is how its tests run without a GPU.
-"""
+"""The contenders of a layer: ours, a copy of the same bytes, and full BN in NumPy, PyTorch and JAX."""
 
 from __future__ import annotations
 
-import math
+import importlib.util
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 import sbncore as sbn
-from bench.cases import WrongResult
-from bench.goals import SAMPLED, Case
-from sbncore import reference
+from bench.cases import EPS, Buffers, Data, tensor
 
-SAMPLER = sbn.FeatureSampling(1 / SAMPLED)
-EPS = 1e-5
-TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}
-UNSURE = 3e-2  # of z, within which rounding may decide whether ReLU passes a value
-MOST_BUFFERS = 128
-LARGE = 1_500_000  # values of a channel, beyond which one is judged, not two
-
-
-def buffers(case: Case, l2: int) -> int:
-    """Return how many sets of buffers hold twice the L2 cache in x and y alone, which a forward touches."""
-    return max(1, min(MOST_BUFFERS, -(-2 * l2 // (2 * case.nbytes))))
-
-
-class Data:
-    """Buffers (x, dy, y, dx, residual), more than L2 holds: ``tensors``, and ``sets`` as ours takes them."""
-
-    def __init__(self, case: Case, l2: int, device: str = "cuda") -> None:
-        import torch
-
-        self.case = case
-        kind = getattr(torch, case.dtype)
-        layout = torch.channels_last if case.last else torch.contiguous_format
-        torch.manual_seed(1)
-
-        def normal(mean: float = 0.0, deviation: float = 1.0) -> Any:
-            values = torch.randn(case.shape, device=device, dtype=kind).mul_(deviation).add_(mean)
-            return values.contiguous(memory_format=layout)
-
-        def unset() -> Any:
-            return torch.empty(case.shape, device=device, dtype=kind, memory_format=layout)
-
-        self.tensors = [
-            (normal(1, 2), normal(), unset(), unset(), normal() if case.residual else None)
-            for _ in range(buffers(case, l2))
-        ]
-        noise = [0.1 * torch.randn(case.C, device=device) for _ in range(2)]
-        self.torch_parameters = [1 + noise[0], noise[1]]
-
-        def view(tensor: Any) -> Any:
-            if tensor is None or device == "cpu" or tensor.dtype == torch.bfloat16:
-                return tensor
-            import cupy
-
-            return cupy.from_dlpack(tensor)
-
-        self.sets = [tuple(map(view, each)) for each in self.tensors]
-        self.parameters = [view(parameter) for parameter in self.torch_parameters]
+GRADIENTS = ("x", "weight", "bias", "residual")
 
 
 class Contender:
-    """A layer over the sets of buffers, the next of them in every call; "both" goes back to forward's."""
+    """A layer over the sets of buffers, the next of them in every call; "both" goes back to forward's.
 
-    name: str
-    turn = 0
+    A call returns what must stay alive where it was captured in a CUDA graph.
 
-    def __init__(self, data: Data) -> None:
-        self.data = data
+    Args:
+        data: What it computes on.
+        repeated: Whether a phase is called many times in a row, not forward and backward in turn.
+    """
+
+    name = ""
+    needs = "numpy"  # a package
+    ours = False
+
+    def __init__(self, data: Data, repeated: bool = False) -> None:
+        self.data, self.repeated, self.turn = data, repeated, -1
 
     def next(self) -> int:
         self.turn = (self.turn + 1) % len(self.data.sets)
         return self.turn
+
+    @property
+    def current(self) -> Buffers:
+        return self.data.sets[self.turn]
 
     def forward(self) -> Any:
         raise NotImplementedError
@@ -88,152 +50,306 @@ class Contender:
         self.turn -= 1
         return kept, self.backward()
 
-    def p(self) -> np.ndarray:
-        """Return the statistics' weights, (N, *spatial)."""
-        raise NotImplementedError
+    def weights(self) -> np.ndarray:
+        """Return p of the last forward, (N, *spatial)."""
+        N, C, *spatial = self.data.case.shape
+        return np.full((N, *spatial), C / self.data.case.elements)
 
-    def y(self) -> Any:
-        """Return the output of the set that is on."""
-        raise NotImplementedError
-
-    def gradients(self) -> dict[str, Any]:
-        """Return the last gradients by name."""
+    def results(self) -> dict[str, Any]:
+        """Return y and the gradients by name, of the current buffers."""
         raise NotImplementedError
 
 
 class Ours(Contender):
-    """sbncore; its outputs go to the sets' y and dx. A call returns what a captured graph must keep."""
+    """sbncore with reused outputs; unless repeated, a forward draws its plan, as a training step does."""
 
-    name = "ours"
+    ours = True
 
-    def __init__(self, data: Data) -> None:
-        super().__init__(data)
+    def __init__(self, data: Data, sampler: sbn.Sampler, name: str, repeated: bool = False) -> None:
+        super().__init__(data, repeated)
+        self.sampler, self.name, self.step = sampler, name, 0
         self.activation = "relu" if data.case.relu else None
-        self.plan = SAMPLER.plan(data.case.shape, step=1)
+        self.fixed = sampler.plan(data.case.shape, step=1) if repeated else None
+        self.views = [Buffers(*map(_view, buffers)) for buffers in data.sets]
+        self.parameters = [_view(data.weight), _view(data.bias)]
         self.saved: list[Any] = [None] * len(data.sets)
-        for _ in data.sets:
-            self.forward()
+
+    def plan(self) -> sbn.Plan:
+        """Draw and spell out the places of the next step; forward pays for this again."""
+        plan = self.sampler.plan(self.data.case.shape, step=self.step + 1)
+        _ = plan.runs
+        return plan
 
     def forward(self) -> Any:
         k = self.next()
-        x, _, y, _, residual = self.data.sets[k]
+        self.step += 1
+        plan = self.fixed or self.sampler.plan(self.data.case.shape, step=self.step)
+        x, _, y, _, residual = self.views[k]
         _, self.saved[k] = sbn.forward(
-            x, *self.data.parameters, plan=self.plan, activation=self.activation, residual=residual, out=y,
-            eps=EPS,
-        )  # fmt: skip
+            x, *self.parameters, plan=plan, eps=EPS, activation=self.activation, residual=residual, out=y
+        )
         return self.saved[k]
 
     def backward(self) -> Any:
         k = self.next()
-        self.grads = sbn.backward(self.data.sets[k][1], self.saved[k], out=self.data.sets[k][3])
+        self.grads = sbn.backward(self.views[k].dy, self.saved[k], out=self.views[k].dx)
         return self.saved[k], self.grads
 
-    def p(self) -> np.ndarray:
-        return self.plan.weights()
+    def weights(self) -> np.ndarray:
+        return self.saved[self.turn].plan.weights()
 
-    def y(self) -> Any:
-        return self.data.tensors[self.turn][2]
+    def results(self) -> dict[str, Any]:
+        gradients = self.grads._asdict() | {"x": self.current.dx}
+        return {"y": self.current.y} | {k: value for k, value in gradients.items() if value is not None}
 
-    def gradients(self) -> dict[str, Any]:
-        found = self.grads._asdict() | {"x": self.data.tensors[self.turn][3]}
-        return {name: gradient for name, gradient in found.items() if gradient is not None}
+
+class Inference(Contender):
+    """Ours by given statistics: the batch's own, so that the reference can check y."""
+
+    name, ours = "sbn.batch_norm, inference", True
+
+    def __init__(self, data: Data) -> None:
+        super().__init__(data)
+        axes, x = (0, *range(2, len(data.case.shape))), data.sets[0].x
+        exact = (moment(axes, dtype=np.float64) for moment in (x.mean, x.var))
+        self.statistics = [each.astype(data.weight.dtype) for each in exact]
+
+    def forward(self) -> None:
+        self.next()
+        x, y, (mean, var) = self.current.x, self.current.y, self.statistics
+        sbn.batch_norm(x, mean, var, self.data.weight, self.data.bias, training=False, eps=EPS, out=y)
+
+    def backward(self) -> None:
+        self.turn = 0
+
+    def results(self) -> dict[str, Any]:
+        return {"y": self.current.y}
+
+
+class TorchInference(Inference):
+    """The same by PyTorch, into new memory."""
+
+    name, needs, ours = "PyTorch's inference", "torch", False
+
+    def __init__(self, data: Data) -> None:
+        super().__init__(data)
+        given = (data.sets[0].x, *self.statistics, data.weight, data.bias)
+        self.tensors = [tensor(array) for array in given]
+
+    def forward(self) -> None:
+        import torch
+
+        self.next()
+        with torch.inference_mode():
+            self.y = torch.nn.functional.batch_norm(*self.tensors, training=False, eps=EPS)
+
+    def results(self) -> dict[str, Any]:
+        return {"y": self.y}
+
+
+class Copy:
+    """A copy of x into y on as many threads as ours: PyTorch's ``copy_``, or without it NumPy's."""
+
+    def __init__(self, data: Data) -> None:
+        self.data, self.turn = data, -1
+        self.pool: ThreadPoolExecutor | None = None
+        if installed("torch"):
+            self.pairs = [(tensor(buffers.y), tensor(buffers.x)) for buffers in data.sets]
+            return
+        threads = sbn.get_num_threads()
+        halves = (np.ravel(data.memory(array)) for array in (data.sets[0].y, data.sets[0].x))
+        self.pieces = list(zip(*(np.array_split(half, threads) for half in halves), strict=True))
+        self.pool = ThreadPoolExecutor(threads)
+
+    def copy(self) -> None:
+        if self.pool is None:
+            self.turn = (self.turn + 1) % len(self.pairs)
+            target, source = self.pairs[self.turn]
+            target.copy_(source)
+            return
+        others = [self.pool.submit(np.copyto, *piece) for piece in self.pieces[1:]]
+        np.copyto(*self.pieces[0])
+        for other in others:
+            other.result()
+
+    def close(self) -> None:
+        if self.pool is not None:
+            self.pool.shutdown()
+
+
+class NumPy(Contender):
+    """Full BN as a careful NumPy user writes it: whole-array operations into reused buffers, xhat kept.
+
+    NumPy runs them on one thread. float16 and bfloat16 are computed in float32.
+    """
+
+    name = "NumPy"
+
+    def __init__(self, data: Data, repeated: bool = False) -> None:
+        super().__init__(data, repeated)
+        self.wide = data.weight.dtype
+        first = data.case.layout == "first"
+        self.axes: tuple[int, ...] = (0, 2) if first else (0,)
+        along = (1, -1, 1) if first else (1, -1)
+        self.weight, self.bias = (array.reshape(along) for array in (data.weight, data.bias))
+        self.arrays = Buffers(*(array if array is None else data.memory(array) for array in data.sets[0]))
+        outputs = self.arrays.y, self.arrays.dx
+        self.z, self.dx = (a if a.dtype == self.wide else np.empty_like(a, self.wide) for a in outputs)
+        self.xhat, self.g = (np.empty_like(self.z) for _ in range(2))
+
+    def forward(self) -> None:
+        z, xhat, x = self.z, self.xhat, self.arrays.x.astype(self.wide, copy=False)
+        np.subtract(x, x.mean(self.axes, keepdims=True), out=xhat)
+        self.rstd = 1 / np.sqrt(np.square(xhat, out=z).mean(self.axes, keepdims=True) + EPS)
+        xhat *= self.rstd
+        np.multiply(xhat, self.weight, out=z)
+        z += self.bias
+        if self.arrays.residual is not None:
+            z += self.arrays.residual.astype(self.wide, copy=False)
+        if self.data.case.relu:
+            np.maximum(z, 0, out=z)
+        if z is not self.arrays.y:
+            self.arrays.y[...] = z
+
+    def backward(self) -> None:
+        g, dx, xhat = self.arrays.dy.astype(self.wide, copy=False), self.dx, self.xhat
+        if self.data.case.relu:
+            g = np.multiply(g, self.z > 0, out=self.g)
+        M = g.size // self.weight.size
+        self.dbias = g.sum(self.axes, keepdims=True)
+        self.dweight = np.multiply(g, xhat, out=dx).sum(self.axes, keepdims=True)
+        np.multiply(xhat, self.dweight / -M, out=dx)
+        dx += g
+        dx -= self.dbias / M
+        dx *= self.weight * self.rstd
+        if dx is not self.arrays.dx:
+            self.arrays.dx[...] = dx
+
+    def results(self) -> dict[str, Any]:
+        _, _, y, dx, _ = self.data.sets[0]
+        return {"y": y, "x": dx, "weight": self.dweight.ravel(), "bias": self.dbias.ravel()}
 
 
 class Torch(Contender):
-    """PyTorch's functional batch norm (cuDNN's), add and ReLU, with autograd; eager or compiled."""
+    """PyTorch eager: F.batch_norm, in-place add and ReLU as torchvision's blocks have them, autograd."""
 
-    def __init__(self, data: Data, compiled: bool = False) -> None:
-        import torch
+    name, needs = "PyTorch", "torch"
 
-        super().__init__(data)
-        self.name = "torch.compile" if compiled else "PyTorch"
+    def __init__(self, data: Data, repeated: bool = False) -> None:
+        super().__init__(data, repeated)
+        parameters = [tensor(data.weight), tensor(data.bias)]
         self.inputs = [
-            [t.detach().requires_grad_() for t in (x, *data.torch_parameters, r) if t is not None]
-            for x, _, _, _, r in data.tensors
+            [t.detach().requires_grad_() for t in (_maps(x), *parameters, _maps(r)) if t is not None]
+            for x, _, _, _, r in data.sets
         ]
-        relu = data.case.relu
+        self.dy = [_maps(buffers.dy) for buffers in data.sets]
+        self.y: list[Any] = [None] * len(data.sets)
+        self.layer: Any = self.normalized
 
-        def layer(x: Any, weight: Any, bias: Any, residual: Any = None) -> Any:
-            y = torch.nn.functional.batch_norm(x, None, None, weight, bias, training=True, eps=EPS)
-            y = y if residual is None else y + residual
-            return torch.relu(y) if relu else y
+    def normalized(self, x: Any, weight: Any, bias: Any, residual: Any = None) -> Any:
+        import torch
 
-        self.layer: Any = layer
-        if compiled:
-            torch._dynamo.reset()  # else the ninth case, and every one after it, would run eagerly
-            self.layer = torch.compile(layer, dynamic=False)
-        self.outputs: list[Any] = [self.layer(*inputs) for inputs in self.inputs]
+        y = torch.nn.functional.batch_norm(x, None, None, weight, bias, training=True, eps=EPS)
+        y = y if residual is None else y.add_(residual)
+        return y.relu_() if self.data.case.relu else y
 
-    def forward(self) -> Any:
+    def forward(self) -> None:
         k = self.next()
-        self.outputs[k] = self.layer(*self.inputs[k])
+        self.y[k] = self.layer(*self.inputs[k])
 
-    def backward(self) -> Any:
+    def backward(self) -> None:
         import torch
 
         k = self.next()
-        dy = self.data.tensors[k][1]
-        self.grads = torch.autograd.grad(self.outputs[k], self.inputs[k], dy, retain_graph=True)
+        self.grads = torch.autograd.grad(
+            self.y[k], self.inputs[k], self.dy[k], retain_graph=self.repeated or None
+        )
 
-    def p(self) -> np.ndarray:
+    def results(self) -> dict[str, Any]:
+        found = {"y": self.y[self.turn]} | dict(zip(GRADIENTS, self.grads, strict=False))
+        shape = self.data.case.shape
+        return {name: t.detach().reshape(shape) if t.ndim > 1 else t for name, t in found.items()}
+
+
+class Compiled(Torch):
+    """PyTorch's compiler, inductor, on the same function; compiled when it is first called."""
+
+    name = "torch.compile"
+
+    def __init__(self, data: Data, repeated: bool = False) -> None:
+        import torch
+
+        super().__init__(data, repeated)
+        torch._dynamo.reset()  # else the ninth case, and every one after it, would run eagerly
+        self.layer = torch.compile(self.normalized, fullgraph=True, dynamic=False)
+
+
+class Jax(Contender):
+    """JAX: the formulas jitted, and the backward by its own derivative; on all cores, whatever --threads."""
+
+    name, needs = "JAX", "jax"
+
+    def __init__(self, data: Data, repeated: bool = False) -> None:
+        import jax
+        import jax.numpy as jnp
+
+        super().__init__(data, repeated)
+        axes, along = ((0, 2), (1, -1, 1)) if data.case.layout == "first" else ((0,), (1, -1))
+        x, dy, _, _, residual = data.sets[0]
+        given = [data.memory(x), data.weight, data.bias]
+        given += [] if residual is None else [data.memory(residual)]
+        self.inputs, self.dy = [jnp.asarray(array) for array in given], jnp.asarray(data.memory(dy))
+        self.wait = jax.block_until_ready
+
+        def normalized(x: Any, weight: Any, bias: Any, residual: Any = None) -> Any:
+            wide = x.astype(weight.dtype)
+            mean = wide.mean(axes, keepdims=True)
+            var = jnp.square(wide - mean).mean(axes, keepdims=True)
+            scale = weight.reshape(along) * jax.lax.rsqrt(var + EPS)
+            z = ((wide - mean) * scale + bias.reshape(along)).astype(x.dtype)
+            z = z if residual is None else z + residual
+            return jnp.maximum(z, 0) if data.case.relu else z
+
+        self.call = jax.jit(normalized)
+        self.differentiate = jax.jit(lambda inputs, dy: jax.vjp(normalized, *inputs)[1](dy))
+
+    def forward(self) -> None:
+        self.y = self.wait(self.call(*self.inputs))
+
+    def backward(self) -> None:
+        """Recomputes what its forward does not keep: a vjp's two halves cannot be jitted apart."""
+        self.grads = self.wait(self.differentiate(self.inputs, self.dy))
+
+    def results(self) -> dict[str, Any]:
+        found = {"y": self.y} | dict(zip(GRADIENTS, self.grads, strict=False))
+        return {name: self._shaped(np.asarray(array)) for name, array in found.items()}
+
+    def _shaped(self, array: np.ndarray) -> np.ndarray:
         N, C, *spatial = self.data.case.shape
-        return np.full((N, *spatial), C / self.data.case.elements)
-
-    def y(self) -> Any:
-        return self.outputs[self.turn].detach()
-
-    def gradients(self) -> dict[str, Any]:
-        return dict(zip(("x", "weight", "bias", "residual"), self.grads, strict=False))
+        if array.ndim == 1 or self.data.case.layout == "first":
+            return array if array.ndim == 1 else array.reshape(self.data.case.shape)
+        return np.moveaxis(array.reshape(N, *spatial, C), -1, 1)
 
 
-def judge(data: Data, *contenders: Contender) -> None:
-    """Compare a forward and a backward of each with the reference: first and last channel, or the last.
-
-    Nothing crosses channels, so that judging a few is exact. Where rounding may decide about ReLU, dy of
-    those channels becomes 0.
-
-    Raises:
-        WrongResult: naming who, what and by how much.
-    """
-    case, k = data.case, 0
-    values = case.elements // case.C
-    x, dy, _, _, residual = data.tensors[k]
-    saved: dict[tuple[str, int], Any] = {}
-    channels = (0, case.C - 1) if values <= LARGE else (case.C - 1,)
-    for one in contenders:
-        one.turn = k - 1
-        one.forward()
-        p = one.p()
-        for c in channels:
-            weight, bias = (_host(t[c : c + 1]) for t in data.torch_parameters)
-            y, saved[one.name, c] = reference.forward(
-                _host(x[:, c : c + 1]), weight, bias, p=p, eps=EPS, activation="relu" if case.relu else None,
-                residual=None if residual is None else _host(residual[:, c : c + 1]),
-            )  # fmt: skip
-            _hold(one, case, "y", one.y()[:, c : c + 1], y, max(1.0, np.abs(y).max()))
-            if case.relu:
-                unsure = np.abs(saved[one.name, c].z) < UNSURE
-                dy[:, c : c + 1].masked_fill_(dy.new_tensor(unsure).bool(), 0)
-    for one in contenders:
-        one.turn = k - 1
-        one.backward()
-        for c in channels:
-            truth = reference.backward(_host(dy[:, c : c + 1]), saved[one.name, c])
-            for name, gradient in one.gradients().items():
-                here = gradient[c : c + 1] if gradient.ndim == 1 else gradient[:, c : c + 1]
-                scale = math.sqrt(values) if gradient.ndim == 1 else 1.0  # a sum of so many
-                scale = max(scale, np.abs(truth[name]).max())
-                _hold(one, case, f"the gradient of {name}", here, truth[name], scale)
+PEERS: dict[str, type[Contender]] = {"numpy": NumPy, "torch": Torch, "compile": Compiled, "jax": Jax}
 
 
-def _hold(one: Contender, case: Case, what: str, found: Any, truth: np.ndarray, scale: float) -> None:
-    error = np.abs(_host(found) - truth).max() / scale
-    if not error <= TOLERANCE[case.dtype]:
-        raise WrongResult(f"{one.name} on {case}: {what} is off by {error:.1e}")
+def installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
-def _host(array: Any) -> np.ndarray:
-    """Return a tensor of PyTorch's, or an array of CuPy's, as float64 on the host."""
-    if hasattr(array, "detach"):
-        return array.detach().double().cpu().numpy()  # type: ignore[no-any-return]
-    return np.asarray(array.get() if hasattr(array, "get") else array, np.float64)
+def _view(array: Any) -> Any:
+    """Return an array as ours takes it: CuPy's view of a tensor on a GPU, but of bfloat16, which it lacks."""
+    if array is None or isinstance(array, np.ndarray) or "bfloat16" in str(array.dtype):
+        return array
+    import cupy
+
+    return cupy.from_dlpack(array)
+
+
+def _maps(array: Any) -> Any:
+    """Return the tensor of an array, or of None; PyTorch's channels-last kernel wants two axes or three."""
+    if array is None:
+        return None
+    found = tensor(array)
+    return found.unsqueeze(2) if found.ndim == 3 else found

@@ -1,191 +1,156 @@
-"""One BN layer on a GPU: checked against the reference, then timed against PyTorch and a copy.
+"""The GPU as a place to time a layer: rotating buffers, CUDA graphs, events for a clock, the host's costs.
 
-Tensors are PyTorch's; ours sees them through DLPack. A round times each contender in turn, by CUDA events
-over several calls that rotate through buffers, x and y of which hold more than twice the L2 cache; a time is
-the median over the rounds. "graph" is ours captured in a CUDA graph: what the kernels take where the host is
-no part of it. The copy is the faster of the two, called or captured.
+Tensors are PyTorch's; ours sees them through DLPack. The time of a call is that between two CUDA events over
+several calls, which rotate through buffers, x and y of which hold more than twice the L2 cache. "graph" is
+ours captured in a CUDA graph: what the kernels take where the host is no part of it. The copy is the faster
+of the two, called or captured.
 """
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
 
-from bench import goals
-from bench.cases import WrongResult
-from bench.contenders import Contender, Data, Ours, Torch, judge
-from bench.goals import ITEMSIZE, Case, Row
-from bench.progress import Progress
+import sbncore as sbn
+from bench import timing
+from bench.cases import Case, Data, WrongResult, tensor, verify
+from bench.contenders import Contender, Copy, Ours, Torch
+from bench.machine import Machine, machine
+from bench.tables import PHASES
 
-MAPS = [
-    (64, 112), (64, 56), (256, 56), (128, 56), (128, 28), (512, 28), (256, 28), (256, 14), (1024, 14),
-    (512, 14), (512, 7), (2048, 7),
-]  # fmt: skip
-SHAPES = [(N, C, side, side) for N in (256, 32) for C, side in MAPS] + [(256, 64, 32, 32)]
-QUICK = [(256, 64, 56, 56), (256, 64, 32, 32), (32, 64, 56, 56)]
-QUICK_DTYPES = ["float16"]
-COMPILED = {(256, 64, 56, 56), (256, 512, 7, 7), (32, 256, 14, 14)}  # torch.compile takes seconds for each
-TINY = Case((16, 64, 7, 7), "float16", False, True, False)
-VARIANTS = [(False, False), (True, False), (True, True)]  # ReLU, residual
-PHASES = ("forward", "backward", "both")
-FEWEST, SOME, MOST = 3, 5, 9  # rounds
+TINY = Case((16, 64, 7, 7), dtype="float16", relu=True)
+SAMPLER = sbn.FeatureSampling(1 / 16)
+MOST_BUFFERS = 128
 PATIENCE = 4e-3  # seconds of one contender in a round
-BUDGET, QUICK_BUDGET = 300.0, 40.0  # seconds
-HOPELESS = 5  # failures in a row: the device's context may be lost
-# Measured first: on them the goals stand. Of 103, 411, 206, 51, 33.5, 26 and twice 13 MB in half precision.
-FOREMOST = {
-    (256, 64, 56, 56), (256, 256, 56, 56), (256, 512, 28, 28), (32, 256, 56, 56), (256, 64, 32, 32),
-    (256, 256, 14, 14), (256, 512, 7, 7), (32, 64, 56, 56),
-}  # fmt: skip
+FEWEST = 3  # rounds of the host's costs
+HOST_CALLS = 200  # in each
+Captured = dict[tuple[str, str], timing.Phases]
 
 
-def main(options: Any) -> int:
-    """Run the benchmark for the options of `python -m bench layer`; return the exit code."""
-    try:
-        from sbncore.cuda.device import cupy
+class Gpu:
+    """Times on a GPU; works on the CPU's arrays too where its clock and graphs are replaced, as tests do."""
 
-        xp, torch = cupy(), _torch()
-    except RuntimeError as complaint:
-        print(f"no CUDA device: {complaint}", file=sys.stderr)
-        return 2
-    budget = options.budget or (QUICK_BUDGET if options.quick else BUDGET)
-    where = goals.machine(xp, torch)
-    l2 = xp.cuda.runtime.getDeviceProperties(xp.cuda.runtime.getDevice())["l2CacheSize"]
-    stream = torch.cuda.Stream()
-    begin = time.perf_counter()
-    host: dict[str, float] = {}
-    with torch.cuda.stream(stream), _shared(xp, stream):
-        complaints: list[str] = []
-        try:
-            host = host_costs(options.rounds or SOME)
-        except Exception as complaint:
-            complaints.append(_told(TINY, complaint))
+    device, repeated, calls = "cuda", True, ("python", "graph")
 
-        def one(case: Case, rounds: int) -> list[Row]:
-            try:
-                return list(measure(case, rounds, l2, complaints, not options.quick))
-            finally:
-                torch.cuda.empty_cache()
-                xp.get_default_memory_pool().free_all_blocks()
+    def __init__(self, l2: int, where: Machine, free: Callable[[], None]) -> None:
+        self.l2, self.where, self.free = l2, where, free
 
-        rows = sweep(cases(options), one, budget, options.rounds, begin, complaints)
-    for line in complaints:
-        print(line, file=sys.stderr)
-    if rows:
-        goals.write(Path(options.out), rows, host, where, complaints)
-    return 1 if complaints or not rows else 0
+    def buffers(self, case: Case) -> int:
+        """Return how many sets hold twice the L2 cache in x and y alone, which a forward touches."""
+        return max(1, min(MOST_BUFFERS, -(-2 * self.l2 // (2 * case.nbytes))))
 
+    def data(self, case: Case) -> Data:
+        return Data(case, self.device, self.buffers(case))
 
-def cases(options: Any) -> list[Case]:
-    """Return what to measure, in the order to do it."""
-    shapes = options.shapes or (QUICK if options.quick else SHAPES)
-    dtypes = options.dtypes or (QUICK_DTYPES if options.quick else list(ITEMSIZE))
-    found = [
-        Case(shape, dtype, layout == "last", *variant)
-        for shape in shapes
-        for dtype in dtypes
-        for layout in options.layouts
-        for variant in VARIANTS
-    ]
-    found.sort(key=lambda case: (case.shape not in FOREMOST, list(ITEMSIZE).index(case.dtype), -case.nbytes))
-    return found
+    def times(self, ours: Sequence[Ours], others: Sequence[Contender], copy: Copy, rounds: int) -> Any:
+        """Return the seconds of each phase in each round, by contender and way of calling."""
+        sets, nbytes = len(copy.data.sets), copy.data.case.nbytes
+        count = sets * max(1, min(4, (1 << 28) // (sets * nbytes)))
+        contenders: Captured = {}
+        for one in (*ours, *others):
+            for _ in range(sets):  # a backward needs its buffers' forward
+                one.forward()
+            contenders[one.name, "python"] = {phase: getattr(one, phase) for phase in PHASES}
+        for one in ours:
+            contenders[one.name, "graph"] = {phase: replayed(one, phase, count) for phase in PHASES}
+        contenders["copy", "python"] = {"copy": copy.copy}
+        contenders["copy", "graph"] = {"copy": captured(copy.copy, count)}
+        times = timing.alternate(contenders, rounds, Clock(), pause=0)
+        for (_, call), phases in times.items():
+            for seconds in phases.values():
+                seconds /= count if call == "graph" else 1
+        copies = [times.pop(("copy", call))["copy"] for call in self.calls]
+        fastest = min(copies, key=lambda seconds: float(np.median(seconds)))
+        times["copy", "python"] = dict.fromkeys(PHASES, fastest)
+        return times
 
+    def host_costs(self, rounds: int) -> dict[str, float]:
+        """Return microseconds of the host that a call takes, on a tensor too small to keep the device busy.
 
-def sweep(
-    cases: list[Case],
-    one: Callable[[Case, int], list[Row]],
-    budget: float,
-    rounds: int | None,
-    begin: float,
-    complaints: list[str],
-) -> list[Row]:
-    """Time the cases within the budget; a wrong or failing one is told of, and the next one goes on."""
-    rows: list[Row] = []
-    progress = Progress(len(cases))
-    failed = 0
-    for done, case in enumerate(cases):
-        elapsed = time.perf_counter() - begin
-        if elapsed > budget or failed == HOPELESS:
-            why = f"{budget:g} s are over, --budget allows more" if elapsed > budget else "nothing works"
-            print(f"\n{len(cases) - done} of {len(cases)} cases left out: {why}", file=sys.stderr)
-            break
-        try:
-            rows += one(case, rounds or rounds_for(case, done, len(cases), elapsed, budget))
-            failed = 0
-        except Exception as complaint:
-            complaints.append(_told(case, complaint))
-            failed += not isinstance(complaint, WrongResult)
-        progress.step(str(case))
-    return rows
+        Raises:
+            WrongResult: before anything is timed.
+        """
+        import torch
+
+        data, costs = Data(TINY, self.device), {}
+        for one in (Ours(data, SAMPLER, "ours", repeated=True), Torch(data, repeated=True)):
+            verify(one)
+            one.forward()
+            for phase in PHASES[:2]:
+                call, found = getattr(one, phase), []
+                for _ in range(max(FEWEST, rounds)):
+                    if self.device == "cuda":
+                        torch.cuda.synchronize()
+                    begin = time.perf_counter()
+                    for _ in range(HOST_CALLS):
+                        call()
+                    found.append((time.perf_counter() - begin) / HOST_CALLS)
+                costs[f"{one.name} {phase}"] = float(np.median(found)) * 1e6
+        return costs
 
 
-def rounds_for(case: Case, done: int, total: int, elapsed: float, budget: float) -> int:
-    """Return how many rounds the time left allows; what the goals stand on gets them in any case."""
-    if case.shape in FOREMOST or not done:
-        return MOST
-    pace = (budget - elapsed) / (total - done) / (elapsed / done)
-    return MOST if pace > 2 else SOME if pace > 1 else FEWEST
-
-
-def measure(
-    case: Case, rounds: int, l2: int, complaints: list[str], compiles: bool = True, device: str = "cuda"
-) -> Iterator[Row]:
-    """Check and time one case; torch.compile, where it fails, is told of and left out.
+@contextmanager
+def gpu() -> Iterator[Gpu]:
+    """Yield the GPU, on a stream that CuPy and PyTorch share.
 
     Raises:
-        WrongResult: before anything is timed.
+        RuntimeError: where there is none.
     """
-    data = Data(case, l2, device)
-    ours, eager = Ours(data), Torch(data)
-    judge(data, ours, eager)
-    peers: list[Contender] = [eager]
-    if compiles and case.shape in COMPILED and case.dtype == "float16":
-        try:
-            compiled = Torch(data, compiled=True)
-            judge(data, compiled)
-            peers.append(compiled)
-        except Exception as complaint:  # no Triton, no C compiler, ...
-            complaints.append(f"torch.compile left out: {_told(case, complaint)}")
-    turn = 0
+    from sbncore.cuda.device import cupy
 
-    def copy() -> None:
-        nonlocal turn
-        turn = (turn + 1) % len(data.tensors)
-        data.tensors[turn][2].copy_(data.tensors[turn][0])
+    xp, torch = cupy(), _torch()
+    cudnn = torch.backends.cudnn.version()
+    versions = f"CuPy {xp.__version__}", f"CUDA {torch.version.cuda}", f"cuDNN {cudnn}"
+    where = machine(torch.cuda.get_device_name(), versions)
+    l2 = xp.cuda.runtime.getDeviceProperties(xp.cuda.runtime.getDevice())["l2CacheSize"]
+    stream = torch.cuda.Stream()
 
-    count = len(data.sets) * max(1, min(4, (1 << 28) // (len(data.sets) * case.nbytes)))
-    calls: dict[tuple[str, str], Callable[[], Any]] = {}
-    for phase in PHASES:
-        calls["ours", phase] = getattr(ours, phase)
-        calls["graph", phase] = replayed(ours, phase, count)
-        calls |= {(peer.name, phase): getattr(peer, phase) for peer in peers}
-    calls |= {("copy", "called"): copy, ("copy", "graph"): captured(copy, count)}
-    per_call = {key: count if "graph" in key else 1 for key in calls}
-    times = {key: found / per_call[key] for key, found in alternate(calls, rounds).items()}
-    copies = [times.pop(("copy", how)) for how in ("called", "graph")]
-    times["copy", "copy"] = min(copies, key=lambda found: float(np.median(found)))
-    copied = float(np.median(times["copy", "copy"]))
-    for (name, phase), seconds in times.items():
-        p20, median, p80 = np.percentile(seconds, (20, 50, 80)) * 1e6
-        moved = case.moved(phase) if name in ("ours", "graph") else 2 * case.nbytes if name == "copy" else 0
-        share = moved / (median * 1e-6) / (2 * case.nbytes / copied) if moved else 0.0
-        yield Row(case, name, phase, float(median), float(p20), float(p80), moved, float(share))
+    def free() -> None:
+        torch.cuda.empty_cache()
+        xp.get_default_memory_pool().free_all_blocks()
+
+    with torch.cuda.stream(stream), _shared(xp, stream):
+        yield Gpu(l2, where, free)
 
 
-def replayed(ours: Ours, phase: str, count: int) -> Callable[[], Any]:
+class Clock:
+    """Seconds of a call on the device, over as many calls as its first ones say there is time for."""
+
+    def __init__(self) -> None:
+        self.repeats: dict[timing.Call, int] = {}
+
+    def __call__(self, call: timing.Call) -> float:
+        if call not in self.repeats:
+            self.repeats[call] = max(2, min(200, int(PATIENCE / max(1e-6, timed(call, 3)))))
+        return timed(call, self.repeats[call])
+
+
+def timed(call: timing.Call, repeats: int) -> float:
+    """Return seconds a call, between two events; a call before them lets the host get ahead."""
+    import torch
+
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    call()
+    begin.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3 / repeats
+
+
+def replayed(ours: Ours, phase: str, count: int) -> timing.Call:
     """Return what replays a phase from a graph, once it has written what the calls themselves write.
 
     Raises:
         WrongResult: if any bit of y or dx differs.
     """
     replay = captured(getattr(ours, phase), count)
-    y, dx = ours.data.tensors[0][2:4]
+    y, dx = (tensor(array) for array in ours.data.sets[0][2:4])
     outputs = {"forward": [y], "backward": [dx], "both": [y, dx]}[phase]
     ours.turn = -1
     ours.both()
@@ -194,11 +159,12 @@ def replayed(ours: Ours, phase: str, count: int) -> Callable[[], Any]:
         output.fill_(float("nan"))
     replay()
     if not all(bool((a == b).all()) for a, b in zip(outputs, wanted, strict=True)):
-        raise WrongResult(f"ours on {ours.data.case}: a graph of {phase} writes other bits than the calls")
+        what = f"a graph of {phase} writes other bits than the calls"
+        raise WrongResult(f"{ours.name} on {ours.data.case}: {what}")
     return replay
 
 
-def captured(call: Callable[[], Any], count: int) -> Callable[[], Any]:
+def captured(call: timing.Call, count: int) -> timing.Call:
     """Capture so many calls in a CUDA graph; return what replays it and keeps what they returned."""
     import cupy
 
@@ -222,59 +188,6 @@ def captured(call: Callable[[], Any], count: int) -> Callable[[], Any]:
     return replay
 
 
-def alternate(
-    calls: dict[tuple[str, str], Callable[[], Any]], rounds: int
-) -> dict[tuple[str, str], np.ndarray]:
-    """Return seconds a call takes on the device, in each round, the contenders taking turns."""
-    repeats = {
-        key: max(2, min(200, int(PATIENCE / max(1e-6, timed(call, 3))))) for key, call in calls.items()
-    }
-    found: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
-    for _ in range(rounds):
-        for key, call in calls.items():
-            found[key].append(timed(call, repeats[key]))
-    return {key: np.array(seconds) for key, seconds in found.items()}
-
-
-def timed(call: Callable[[], Any], repeats: int) -> float:
-    """Return seconds a call, between two events; a call before them lets the host get ahead."""
-    import torch
-
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    call()
-    begin.record()
-    for _ in range(repeats):
-        call()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end)) / 1e3 / repeats
-
-
-def host_costs(rounds: int, repeats: int = 200, device: str = "cuda") -> dict[str, float]:
-    """Return microseconds of the host that a call takes, on a tensor too small to keep the device busy.
-
-    Raises:
-        WrongResult: before anything is timed.
-    """
-    import torch
-
-    data, costs = Data(TINY, 0, device), {}
-    contenders: list[Contender] = [Ours(data), Torch(data)]
-    judge(data, *contenders)
-    for one in contenders:
-        for phase in PHASES[:2]:
-            call, found = getattr(one, phase), []
-            for _ in range(max(FEWEST, rounds)):
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                begin = time.perf_counter()
-                for _ in range(repeats):
-                    call()
-                found.append((time.perf_counter() - begin) / repeats)
-            costs[f"{one.name} {phase}"] = float(np.median(found)) * 1e6
-    return costs
-
-
 def _torch() -> Any:
     try:
         import torch
@@ -289,10 +202,3 @@ def _shared(cupy: Any, stream: Any) -> Any:
     from sbncore.adapters.torch.exchange import Stream
 
     return cupy.cuda.Stream.from_external(Stream(stream.cuda_stream))
-
-
-def _told(case: Case, complaint: Exception) -> str:
-    if isinstance(complaint, WrongResult):
-        return f"wrong result, not timed: {complaint}"
-    first = next(iter(str(complaint).splitlines()), "")
-    return f"failed, not timed: {case}: {type(complaint).__name__}: {first}"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.report import markdown
+from bench.report import figure, grouped, markdown
 from bench.suites import REFERENCE_BATCH
 from bench.sweep import Run
 
@@ -27,19 +27,16 @@ COLUMNS = 4  # of plots
 def report(runs: Sequence[Run], about: str) -> list[str]:
     """Return the tables: one for each network, gradient and batch size, and one over batch sizes."""
     lines = [about, "", READING]
-    groups = _settings(runs)
-    if len({batch for _, _, batch, _ in groups}) > 1:
-        for (network, rate), group in _grouped(runs, lambda run: (run.spec.network, _rate(run))).items():
+    groups = grouped(runs, _setting)
+    if len({run.spec.batch for run in runs}) > 1:
+        for (network, rate), group in grouped(runs, lambda run: (run.spec.network, _rate(run))).items():
             title = f"{network}, rate {rate:g} for {REFERENCE_BATCH} images: accuracy by batch size"
             lines += ["", f"## {title}", "", *_by_batch(group)]
-    for (network, gradient, batch, rate), group in groups.items():
-        reference = [
-            run for run in runs
-            if (run.spec.norm, run.spec.network, run.spec.batch, _rate(run))
-            == (REFERENCE, network, batch, rate)
-        ]  # fmt: skip
-        title = f"{network}, {gradient} gradient, batches of {batch}, rate {group[0].spec.rate:g}"
-        lines += ["", f"## {title}", "", *_table(group, reference)]
+    for (network, _, batch, rate), group in groups.items():
+        same = (run for each, other in groups.items() if (each[0], *each[2:]) == (network, batch, rate)
+                for run in other)  # whatever its gradient
+        reference = [run for run in same if run.spec.norm == REFERENCE]
+        lines += ["", f"## {_title(group[0])}", "", *_table(group, reference)]
     return lines
 
 
@@ -54,25 +51,22 @@ def _table(runs: Sequence[Run], reference: Sequence[Run]) -> list[str]:
     titles = ["normalization", "seeds", "accuracy, %", "minus full, points", "loss"]
     titles += [*(f"steps to {level:.0%}" for level in levels), "cost"]
     lines = []
-    for norm, group in _grouped(runs, lambda run: run.spec.norm).items():
+    for norm, group in grouped(runs, lambda run: run.spec.norm).items():
         steps = [_steps_to(group, level) for level in levels]
         loss = f"{np.mean([run.losses[-1] for run in group]):.3f}"
         share = f"{np.median([run.share for run in group]):.0%}"
         found = _spread([100 * run.accuracy for run in group])
         lines.append([norm, str(len(group)), found, _minus(group, reference), loss, *steps, share])
-    return markdown(titles, lines, text=1)
+    return markdown(titles, lines)
 
 
 def _by_batch(runs: Sequence[Run]) -> list[str]:
     lines = []
     batches = sorted({run.spec.batch for run in runs})
-    for norm, group in _grouped(runs, lambda run: run.spec.norm).items():
-        cells = []
-        for batch in batches:
-            found = [100 * run.accuracy for run in group if run.spec.batch == batch]
-            cells.append(_spread(found) if found else "not run")
-        lines.append([norm, *cells])
-    return markdown(["normalization", *(f"batch {batch}" for batch in batches)], lines, text=1)
+    for norm, group in grouped(runs, lambda run: run.spec.norm).items():
+        found = ([100 * run.accuracy for run in group if run.spec.batch == batch] for batch in batches)
+        lines.append([norm, *(_spread(each) if each else "not run" for each in found)])
+    return markdown(["normalization", *(f"batch {batch}" for batch in batches)], lines)
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -94,37 +88,26 @@ def _steps_to(group: Sequence[Run], level: float) -> str:
     return f"{median:.0f}" if np.isfinite(median) else "never"
 
 
-def _settings(runs: Sequence[Run]) -> dict[tuple[str, str, int, float], list[Run]]:
-    """Return the runs by network, gradient, batch size and rate."""
-    return _grouped(runs, lambda run: (run.spec.network, run.spec.gradient, run.spec.batch, _rate(run)))
+def _setting(run: Run) -> tuple[str, str, int, float]:
+    return run.spec.network, run.spec.gradient, run.spec.batch, _rate(run)
 
 
-def _grouped(runs: Iterable[Run], key: Callable) -> dict:
-    groups: dict = {}
-    for run in runs:
-        groups.setdefault(key(run), []).append(run)
-    return groups
+def _title(run: Run) -> str:
+    spec = run.spec
+    return f"{spec.network}, {spec.gradient} gradient, batches of {spec.batch}, rate {spec.rate:g}"
 
 
 def draw(path: Path, runs: Sequence[Run], caption: str) -> None:
     """Write a PNG: losses against the steps, a plot for every family of names, and final accuracies."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    groups = _settings(runs)
     plots = [
-        (
-            f"{network}, {gradient} gradient, batches of {batch}, rate {group[0].spec.rate:g}", names,
-            _grouped(group, lambda r: r.spec.norm),
-        )
-        for (network, gradient, batch, _), group in groups.items()
+        (_title(group[0]), names, grouped(group, lambda run: run.spec.norm))
+        for group in grouped(runs, _setting).values()
         for names in (*_families(run.spec.norm for run in group), None)
-    ]  # fmt: skip
+    ]
     rows = -(-len(plots) // COLUMNS)
-    figure = Figure((4 * COLUMNS, 3.3 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(caption, fontsize=9)
-    panels = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
+    one = figure(4 * COLUMNS, 3.3 * rows)
+    one.suptitle(caption, fontsize=9)
+    panels = one.subplots(rows, COLUMNS, squeeze=False).ravel()
     for axes, (title, names, by_norm) in zip(panels[: len(plots)], plots, strict=True):
         axes.set_title(title, fontsize=7)
         axes.tick_params(labelsize=6)
@@ -135,7 +118,7 @@ def draw(path: Path, runs: Sequence[Run], caption: str) -> None:
             _losses(axes, by_norm, names)
     for axes in panels[len(plots) :]:
         axes.set_axis_off()
-    figure.savefig(path, dpi=75)
+    one.savefig(path, dpi=75)
 
 
 def _losses(axes: Any, by_norm: Mapping[str, Sequence[Run]], names: Sequence[str]) -> None:
@@ -166,6 +149,6 @@ def _accuracies(axes: Any, by_norm: Mapping[str, Sequence[Run]]) -> None:
 
 def _families(names: Iterable[str]) -> list[list[str]]:
     """Return names that differ in their ratio alone together, and the rest."""
-    found = _grouped(dict.fromkeys(names), lambda name: re.sub(r"/\d+", "", name))
+    found = grouped(dict.fromkeys(names), lambda name: re.sub(r"/\d+", "", name))
     rest = [name for same in found.values() if len(same) == 1 for name in same]
     return [same for same in found.values() if len(same) > 1] + ([rest] if rest != [REFERENCE] else [])

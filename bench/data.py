@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
 import math
 import sys
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from bench.pictures import CIFAR10, FOLDERS, from_cifar10, from_folders
-from bench.problems import BadData
+from bench.options import BadData, expect
+from bench.pictures import CIFAR10, FOLDERS, from_cifar10, from_folders, read
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # where the package dataset-fashion-mnist puts them
 UNSIGNED_BYTE = 8
@@ -38,21 +36,15 @@ class Data:
         """
         known = np.unique(self.labels)
         strange = np.setdiff1d(self.labels_test, known)
-        if strange.size:
-            raise BadData(
-                f"{self.name}: expected a test set of the {known.size} classes that there are to train on, "
-                f"got images of {_listed(strange)} too"
-            )
+        test = f"{self.name}: expected a test set of the {known.size} classes that there are to train on"
+        expect(not strange.size, f"{test}, got images of {_listed(strange)} too")
         size = len(self.labels)
         order = np.random.default_rng(0).permutation(size)
         order = order[np.argsort(self.labels[order], kind="stable")]
         chosen = np.sort(order[(np.arange(count) * size + size // 2) // count])
         rare = np.setdiff1d(known, self.labels[chosen])
-        if rare.size:
-            raise BadData(
-                f"--images: expected enough for a share of each of the {known.size} classes, got {count} "
-                f"without {_listed(rare)}"
-            )
+        share = f"--images: expected enough for a share of each of the {known.size} classes"
+        expect(not rare.size, f"{share}, got {count} without {_listed(rare)}")
         return replace(self, x=self.x[chosen], labels=self.labels[chosen])
 
 
@@ -73,12 +65,11 @@ def load(name: str | Path | None = None) -> Data:
         return digits()
     if name is not None:
         folder = Path(name)
-        if not folder.is_dir():
-            came = "a file" if folder.exists() else "nothing there"
-            raise BadData(f"{folder}: expected a folder of images, got {came}")
-        for marker, read in ((CIFAR10, from_cifar10), (FOLDERS, from_folders)):
+        came = "a file" if folder.exists() else "nothing there"
+        expect(folder.is_dir(), f"{folder}: expected a folder of images, got {came}")
+        for marker, reader in ((CIFAR10, from_cifar10), (FOLDERS, from_folders)):
             if any((folder / each).exists() for each in marker):
-                return _data(folder.resolve().name, *read(folder))
+                return _data(folder.resolve().name, *reader(folder))
         return from_idx(folder, folder.resolve().name)
     if DEBIAN.is_dir():
         return from_idx(DEBIAN, "Fashion-MNIST")
@@ -106,46 +97,29 @@ def from_idx(folder: Path, name: str) -> Data:
     """Return the four files of MNIST and its like, gzipped or plain."""
     arrays = []
     for part in ("train", "t10k"):
-        images_path, labels_path = (
-            _find(folder, f"{part}-{which}-ubyte") for which in ("images-idx3", "labels-idx1")
-        )
-        images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
-        if len(labels) != len(images):
-            raise BadData(
-                f"{labels_path}: expected {len(images)} labels, as many as {images_path.name} has images, "
-                f"got {len(labels)}"
-            )
+        paths = [_find(folder, f"{part}-{which}-ubyte") for which in ("images-idx3", "labels-idx1")]
+        images, labels = read_idx(paths[0], 3), read_idx(paths[1], 1)
+        wanted = f"{len(images)} labels, as many as {paths[0].name} has images"
+        expect(len(labels) == len(images), f"{paths[1]}: expected {wanted}, got {len(labels)}")
         arrays += [images, labels]
-        if images.shape[1:] != arrays[0].shape[1:]:
-            train, test = ("×".join(map(str, each.shape[1:])) for each in (arrays[0], images))
-            raise BadData(f"{images_path}: expected images of {train}, as those to train on, got {test}")
+        train, here = ("×".join(map(str, each.shape[1:])) for each in (arrays[0], images))
+        expect(train == here, f"{paths[0]}: expected images of {train}, as those to train on, got {here}")
     return _data(name, *arrays)
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
     """Return an IDX file of bytes: 0, 0, the type, the number of dimensions, big-endian sizes, the values."""
-    try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
-        wanted = "a gzip file" if path.suffix == ".gz" else "a file that can be read"
-        raise BadData(f"{path}: expected {wanted}, got {error}") from None
+    content = read(path)
     magic, header = bytes([0, 0, UNSIGNED_BYTE, dimensions]), 4 + 4 * dimensions
-    if content[:4] != magic:
-        raise BadData(
-            f"{path}: expected an IDX file of unsigned bytes in {dimensions} dimensions, which begins "
-            f"{magic.hex(' ')}, got {content[:4].hex(' ') or 'an empty file'}"
-        )
-    if len(content) < header:
-        raise BadData(f"{path}: expected a header of {header} bytes, got {len(content)} bytes in all")
+    kind = f"an IDX file of unsigned bytes in {dimensions} dimensions, which begins {magic.hex(' ')}"
+    begin = content[:4].hex(" ") or "an empty file"
+    expect(content[:4] == magic, f"{path}: expected {kind}, got {begin}")
+    whole = len(content) >= header
+    expect(whole, f"{path}: expected a header of {header} bytes, got {len(content)} bytes in all")
     shape = tuple(int(size) for size in np.frombuffer(content, ">u4", dimensions, 4))
-    if math.prod(shape) != len(content) - header or math.prod(shape) == 0:
-        sizes = " × ".join(map(str, shape))
-        raise BadData(
-            f"{path}: expected at least 1 value, and {sizes} of them as its header says, "
-            f"got {len(content) - header}"
-        )
+    size, sizes = len(content) - header, " × ".join(map(str, shape))
+    wanted = f"at least 1 value, and {sizes} of them as its header says"
+    expect(math.prod(shape) == size > 0, f"{path}: expected {wanted}, got {size}")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
@@ -160,11 +134,11 @@ def _data(
     name: str, images: np.ndarray, labels: np.ndarray, images_test: np.ndarray, labels_test: np.ndarray
 ) -> Data:
     for each, many in ((images, labels), (images_test, labels_test)):
-        if len(each) != len(many) or len(each) == 0:
-            raise BadData(f"{name}: expected a label for each image, got {len(many)} for {len(each)}")
+        right, counts = len(each) == len(many) > 0, f"{len(many)} for {len(each)}"
+        expect(right, f"{name}: expected a label for each image, got {counts}")
     mean, deviation = images.mean(dtype=np.float64), images.std(dtype=np.float64)
-    if deviation == 0:
-        raise BadData(f"{name}: expected images that differ, got the value {images.flat[0]} everywhere")
+    value = images.flat[0]
+    expect(deviation > 0, f"{name}: expected images that differ, got the value {value} everywhere")
 
     def normalized(each: np.ndarray) -> np.ndarray:
         each = each[:, None] if each.ndim == 3 else each

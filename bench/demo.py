@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
 
 import sbncore as sbn
+from bench.machine import machine
 from bench.network import Network, cross_entropy
-from bench.problems import folder_option
-from bench.progress import Progress
-from bench.report import machine
+from bench.options import folder, integer
+from bench.report import figure, markdown
 
 BATCH, VIRTUAL, TEST = 64, 8, 500
 RATE, MOMENTUM, DECAY = 0.05, 0.9, 5e-4
@@ -70,13 +72,13 @@ def accuracy(network: Network, x: np.ndarray, labels: np.ndarray) -> float:
     return right
 
 
-def train(name: str, sampler: sbn.Sampler, epochs: int, seed: int, progress: Progress | None) -> Run:
+def train(name: str, sampler: sbn.Sampler, epochs: int, seed: int) -> Run:
     """Train a network with this sampler; the clock runs for the training steps alone."""
     x, labels, x_test, labels_test = digits(seed)
     network, run = Network(sampler, seed), Run(name)
     velocity = [np.zeros_like(getattr(layer, each)) for layer, each in network.parameters()]
     batches = len(x) // BATCH
-    for epoch in range(epochs):
+    for epoch in tqdm(range(epochs), desc=name, unit="epoch"):
         order = np.random.default_rng([seed, 3, epoch]).permutation(len(x))
         losses = []
         rate = RATE * 0.5 * (1 + np.cos(np.pi * epoch / epochs))
@@ -97,8 +99,6 @@ def train(name: str, sampler: sbn.Sampler, epochs: int, seed: int, progress: Pro
             run.seconds += time.perf_counter() - start
             run.seconds_in_norm += network.seconds_in_norm
             losses.append(loss)
-            if progress is not None:
-                progress.step(f"{name}, epoch {epoch + 1} of {epochs}")
         run.share = network.share_of_data()
         run.steps.append((epoch + 1) * batches)
         run.loss.append(float(np.mean(losses)))
@@ -106,28 +106,21 @@ def train(name: str, sampler: sbn.Sampler, epochs: int, seed: int, progress: Pro
     return run
 
 
-def table(runs: list[Run]) -> str:
+def table(runs: list[Run]) -> list[str]:
     """Return the runs as a Markdown table."""
-    lines = [
-        "| sampler | test accuracy | time in normalization | of the step | share of the data used |",
-        "|---|---|---|---|---|",
-    ]
+    titles = ["sampler", "test accuracy", "time in normalization", "of the step", "share of the data used"]
+    lines = []
     for run in runs:
-        lines.append(
-            f"| {run.name} | {run.accuracy[-1]:.1%} | {run.seconds_in_norm:.2f} s "
-            f"| {run.seconds_in_norm / run.seconds:.0%} | {run.share:.1%} |"
-        )
-    return "\n".join(lines)
+        part = run.seconds_in_norm / run.seconds
+        cells = [f"{run.accuracy[-1]:.1%}", f"{run.seconds_in_norm:.2f} s", f"{part:.0%}", f"{run.share:.1%}"]
+        lines.append([run.name, *cells])
+    return markdown(titles, lines)
 
 
 def plot(runs: list[Run], path: Path) -> None:
-    """Write the learning curves as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    """Write the learning curves as a PNG; needs matplotlib."""
+    one = figure(11, 4.2)
+    left, right = one.subplots(1, 2)
     for run in runs:
         style = {"linewidth": 2.4, "color": "black"} if run.name == "full BN" else {"linewidth": 1.3}
         left.plot(run.steps, [100 * (1 - a) for a in run.accuracy], label=run.name, **style)
@@ -141,41 +134,32 @@ def plot(runs: list[Run], path: Path) -> None:
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
     right.legend(frameon=False)
-    figure.suptitle("scikit-learn's digits, one network, six ways to its statistics")
+    one.suptitle("scikit-learn's digits, one network, six ways to its statistics")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    one.savefig(path, dpi=130)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.demo", description=__doc__)
-    parser.add_argument("--epochs", type=int, default=20)
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench demo", description=__doc__)
+    parser.add_argument("--epochs", type=integer, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=folder_option, default=Path("out"), help="folder for demo.png")
+    parser.add_argument("--out", type=folder, default=Path("out"), help="folder for demo.png")
     parser.add_argument("--quick", action="store_true", help="two epochs")
-    options = parser.parse_args(argv)
-    if options.epochs < 1:
-        parser.error(f"--epochs: expected at least 1, got {options.epochs}")
-    from threadpoolctl import threadpool_limits  # scikit-learn needs it too
-
+    options = parser.parse_args(arguments)
     # BLAS threads wait for one another in a loop: beside another program two took twice as long as one
     with threadpool_limits(1, user_api="blas"):
-        demonstrate(options)
+        demonstrate(2 if options.quick else options.epochs, options.seed, options.out / "demo.png")
 
 
-def demonstrate(options: argparse.Namespace) -> None:
+def demonstrate(epochs: int, seed: int, path: Path) -> None:
     """Train with every sampler, print the table and draw the curves."""
-    epochs = 2 if options.quick else options.epochs
     print("compiling the kernels (the first time takes some seconds; kept out of the timings)", flush=True)
     for name, sampler in SAMPLERS.items():
-        train(name, sampler, 1, options.seed, None)
-    steps = len(digits(options.seed)[0]) // BATCH * epochs
-    progress = Progress(steps * len(SAMPLERS))
-    runs = [train(name, sampler, epochs, options.seed, progress) for name, sampler in SAMPLERS.items()]
-    print(f"\n{machine(sbn.get_num_threads())} {epochs} epochs of batches of {BATCH}, seed {options.seed}.\n")
-    print(table(runs))
+        train(name, sampler, 1, seed)
+    runs = [train(name, sampler, epochs, seed) for name, sampler in SAMPLERS.items()]
+    print(f"\n{machine()} {epochs} epochs of batches of {BATCH}, seed {seed}.\n")
+    print("\n".join(table(runs)))
     try:
-        path = options.out / "demo.png"
         plot(runs, path)
     except ImportError:
         print("\nno matplotlib, so no learning curves (pip install matplotlib)")

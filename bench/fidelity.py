@@ -8,19 +8,20 @@ judges every sampler on what goes into each normalization layer.
 from __future__ import annotations
 
 import argparse
-import csv
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 import sbncore as sbn
+from bench import report
+from bench.contenders import installed
 from bench.data import Data, load
-from bench.problems import BadData, folder_option
-from bench.progress import Progress
-from bench.report import machine, markdown
+from bench.machine import machine, set_threads
+from bench.options import BadData, folder, integer
 
 FAMILIES = "fs", "fs-runs", "fs-grid", "fs-common", "bs", "bs-random", "ns", "vdn"
 RATIOS = 4, 8, 16, 32, 64
@@ -42,15 +43,16 @@ def activations(name: str, data: Data, virtual: int, seed: int, steps: int) -> d
     from bench.networks import build
     from bench.trainee import Settings, Trainee
 
+    set_threads(sbn.get_num_threads())
+
     settings = Settings(batch=BATCH, rate=RATE, seed=seed)
     x, labels = settings.tensors(data.x, data.labels)
     network = build(name, data.x.shape[1], data.classes, seed)
     trainee = Trainee(network.train(), settings, steps)
-    progress, rng = Progress(steps), np.random.default_rng(seed)
-    for _ in range(steps):
+    rng = np.random.default_rng(seed)
+    for _ in tqdm(range(steps), desc="training"):
         chosen = rng.permutation(len(x))[:BATCH]
         trainee.step(x[chosen], labels[chosen])
-        progress.step("training")
     real = x[rng.permutation(len(x))[:BATCH]]
     noise = torch.from_numpy(sbn.white_noise((virtual, *real.shape[1:]), seed=seed))
     found: dict[str, np.ndarray] = {}
@@ -71,17 +73,12 @@ def judge(layers: Mapping[str, np.ndarray], virtual: int, draws: int) -> Found:
     from bench.normalizations import sampler
 
     found: Found = {}
-    progress = Progress(len(layers) * len(FAMILIES) * len(RATIOS))
-    for layer, x in layers.items():
-        real = len(x) - virtual
-        for family in FAMILIES:
-            for ratio in RATIOS:
-                name = f"{family}/{ratio}"
-                how = sampler(name, real)
-                # different virtual samples stand for different draws: there is one set of noise
-                rows = np.concatenate([x[:real], x[real : real + how.virtual]]) if how.virtual else x[:real]
-                found[layer, name] = sbn.fidelity(rows, how, draws=1 if how.virtual else draws)
-                progress.step(f"{layer}, {name}")
+    names = [f"{family}/{ratio}" for family in FAMILIES for ratio in RATIOS]
+    for layer, name in tqdm([(layer, name) for layer in layers for name in names], desc="samplers"):
+        x, real = layers[layer], len(layers[layer]) - virtual
+        how = sampler(name, real)
+        # different virtual samples stand for different draws: there is one set of noise
+        found[layer, name] = sbn.fidelity(x[: real + how.virtual], how, draws=1 if how.virtual else draws)
     return found
 
 
@@ -96,16 +93,12 @@ def table(layers: Mapping[str, np.ndarray], found: Found, ratio: int, virtual: i
             cells += [f"{one.effective:.0f}", f"{one.correlation:.4f}"]
             lines.append([f"{layer}, {size}", f"{family}/{ratio}", *cells])
     titles = ["layer", "sampler", "mean off by", "deviation off by", "drawn", "independent", "correlation"]
-    return markdown(titles, lines, text=2)
+    return report.markdown(titles, lines, text=2)
 
 
 def draw(path: Path, layers: Sequence[str], found: Found, caption: str) -> None:
     """Write a PNG, a plot for each sampler: errors against the ratio, a line for each layer."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure((4 * len(FAMILIES) / 2, 7), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = report.figure(2 * len(FAMILIES), 7)
     figure.suptitle(caption, fontsize=8)
     for axes, family in zip(figure.subplots(2, len(FAMILIES) // 2, sharey=True).flat, FAMILIES, strict=True):
         for k, layer in enumerate(layers):
@@ -124,37 +117,31 @@ def draw(path: Path, layers: Sequence[str], found: Found, caption: str) -> None:
 
 def main(arguments: list[str]) -> None:
     options = _options(arguments)
-    try:
-        import torch
-    except ImportError:
+    if not installed("torch"):
         sys.exit("fidelity needs PyTorch, which is not installed: pip install torch")
     try:
         data = load(options.data)
     except BadData as bad:
         sys.exit(str(bad))
-    where = machine(sbn.get_num_threads())
-    torch.set_num_threads(where.threads)
+    where = machine()
     virtual = max(1, BATCH // RATIOS[0])
     steps, draws = (10, 4) if options.quick else (STEPS, DRAWS)
     layers = activations(options.network, data, virtual, options.seed, steps)
     found = judge(layers, virtual, draws)
     about = f"{data.name}, the network {options.network} after {steps} steps of {BATCH}, {draws} draws"
-    command = shlex.join(["python", "-m", "bench", "fidelity", *arguments])
-    lines = [f"{where} {about}. `{command}`.", "", READING, "", *table(layers, found, options.ratio, virtual)]
+    command = report.command("fidelity", arguments)
+    lines = [f"{where} {about}. {command}.", "", READING, "", *table(layers, found, options.ratio, virtual)]
     print("\n".join(lines))
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        stem = options.out / f"fidelity-{options.network}"
-        text = "\n".join(["# Estimates on real activations", "", *lines]) + "\n"
-        stem.with_suffix(".md").write_text(text, encoding="utf-8")
-        draw(stem.with_suffix(".png"), list(layers), found, about)
-        with stem.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
-            sheet = csv.writer(file, lineterminator="\n")
-            names = ("mean_error", "std_error", "count", "effective", "correlation")
-            sheet.writerow(["layer", "sampler", *names, "cpu", "date"])
-            for (layer, name), one in found.items():
-                figures = (f"{getattr(one, each):.4g}" for each in names)
-                sheet.writerow([layer, name, *figures, where.cpu, where.date])
+        stem = f"fidelity-{options.network}"
+        report.write(options.out, stem, "Estimates on real activations", lines)
+        draw(options.out / f"{stem}.png", list(layers), found, about)
+        names = ("mean_error", "std_error", "count", "effective", "correlation")
+        rows = [
+            {"layer": layer, "sampler": name, **{each: float(getattr(one, each)) for each in names}}
+            for (layer, name), one in found.items()
+        ]
+        report.write_csv(options.out / f"{stem}.csv", rows, where)
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
@@ -162,13 +149,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--network", choices=("plain", "resnet", "1d"), default="plain")
     parser.add_argument("--ratio", type=int, choices=RATIOS, default=16, help="of the printed table: one in")
     parser.add_argument("--data", metavar="FOLDER", help="as training")
-    parser.add_argument("--seed", type=_natural, default=0)
-    parser.add_argument("--out", type=folder_option, metavar="FOLDER", help="for table, figures, picture")
+    parser.add_argument("--seed", type=partial(integer, least=0), default=0)
+    parser.add_argument("--out", type=folder, metavar="FOLDER", help="for table, figures, picture")
     parser.add_argument("--quick", action="store_true", help="few steps and draws")
     return parser.parse_args(arguments)
-
-
-def _natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 0, got {text!r}")
-    return int(text)

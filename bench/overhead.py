@@ -8,41 +8,39 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import sbncore as sbn
 from bench import timing
 from bench.cases import WrongResult
-from bench.report import machine
+from bench.contenders import installed
+from bench.machine import machine, set_threads
+from bench.options import integer
+from bench.report import markdown
 
 SHAPES = [(2, 4, 2, 2), (16, 64, 7, 7), (16, 64, 14, 14)]
 CALLS = 50  # of a contender in a round
 TOLERANCE = 1e-4
+THEIRS = "nn.BatchNorm2d"
 
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench overhead", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=integer, default=60)
+    parser.add_argument("--threads", type=integer, default=1)
     options = parser.parse_args(arguments)
-    if options.rounds < 1 or options.threads < 1:
-        parser.error("--rounds, --threads: expected at least 1")
-    try:
-        import torch
-    except ImportError:
+    if not installed("torch"):
         sys.exit("overhead needs PyTorch, which is not installed: pip install torch")
-    torch.set_num_threads(options.threads)
-    sbn.set_num_threads(options.threads)
-    print(machine(options.threads), "\n")
-    print("| shape | layer | forward, µs | / nn.BatchNorm2d | both, µs | / nn.BatchNorm2d |")
-    print("| --- | --- | ---: | ---: | ---: | ---: |")
-    for shape in SHAPES:
-        for line in measured(shape, options.rounds):
-            print(line)
+    import torch  # noqa: F401  (its threads can be set once it is loaded)
+
+    set_threads(options.threads)
+    print(machine(), "\n")
+    titles = ["shape", "layer", "forward, µs", f"/ {THEIRS}", "both, µs", f"/ {THEIRS}"]
+    lines = [line for shape in SHAPES for line in measured(shape, options.rounds)]
+    print("\n".join(markdown(titles, lines, text=2)))
 
 
-def measured(shape: tuple[int, ...], rounds: int) -> list[str]:
+def measured(shape: tuple[int, ...], rounds: int) -> list[list[str]]:
     """Return a table's lines for one shape.
 
     Raises:
@@ -55,32 +53,29 @@ def measured(shape: tuple[int, ...], rounds: int) -> list[str]:
     torch.manual_seed(0)
     x, dy = torch.randn(2, *shape)
     x.requires_grad_()
-    fs = SampledBatchNorm2d(shape[1], sampler=sbn.FeatureSampling(1 / 8, at_least=4))
-    layers: dict[str, torch.nn.Module] = {
-        "nn.BatchNorm2d": torch.nn.BatchNorm2d(shape[1]),
+    layers: dict[str, Any] = {
+        THEIRS: torch.nn.BatchNorm2d(shape[1]),
         "Full()": SampledBatchNorm2d(shape[1]),
-        "FeatureSampling(1/8)": fs,
+        "FeatureSampling(1/8)": SampledBatchNorm2d(
+            shape[1], sampler=sbn.FeatureSampling(1 / 8, at_least=4)
+        ),
     }
-    outputs = [layers[name](x) for name in ("nn.BatchNorm2d", "Full()")]
+    outputs = [layers[name](x) for name in (THEIRS, "Full()")]
     gradients = [torch.autograd.grad(y, x, dy)[0] for y in outputs]
-    for mine, true in (outputs[::-1], gradients[::-1]):
-        if not bool((mine - true).abs().max() <= TOLERANCE):
+    for theirs, ours in (outputs, gradients):
+        if not bool((ours - theirs).abs().max() <= TOLERANCE):
             raise WrongResult(f"the layer of {shape} differs from torch's")
 
-    def repeated(call: Callable[[], Any]) -> Callable[[], None]:
-        def run() -> None:
-            for _ in range(CALLS):
-                call()
+    def forward(layer: Any) -> None:
+        for _ in range(CALLS):
+            layer(x)
 
-        return run
+    def both(layer: Any) -> None:
+        for _ in range(CALLS):
+            torch.autograd.grad(layer(x), (x, layer.weight, layer.bias), dy)
 
     contenders = {
-        name: {
-            "forward": repeated(lambda layer=layer: layer(x)),  # type: ignore[misc]
-            "both": repeated(
-                lambda layer=layer: torch.autograd.grad(layer(x), (x, layer.weight, layer.bias), dy)  # type: ignore[misc]
-            ),
-        }
+        name: {"forward": lambda one=layer: forward(one), "both": lambda one=layer: both(one)}
         for name, layer in layers.items()
     }
     times = timing.alternate(contenders, rounds)
@@ -89,7 +84,7 @@ def measured(shape: tuple[int, ...], rounds: int) -> list[str]:
         cells = ["×".join(map(str, shape)), name]
         for phase in ("forward", "both"):
             median = timing.summary(times[name][phase])[0]
-            share = timing.ratio(times[name][phase], times["nn.BatchNorm2d"][phase])
+            share = timing.ratio(times[name][phase], times[THEIRS][phase])
             cells += [f"{1e3 * median / CALLS:.1f}", f"{share:.2f}"]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(cells)
     return lines

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import pickle
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.problems import BadData
+from bench.options import BadData, expect
 
 CIFAR10 = "data_batch_1.bin", "data_batch_1"
 FOLDERS = ("train",)
@@ -20,24 +22,24 @@ Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # images, labels
 def from_cifar10(folder: Path) -> Arrays:
     """Return CIFAR-10's binary or Python files (www.cs.toronto.edu/~kriz/cifar.html)."""
     binary = (folder / CIFAR10[0]).exists()
-    read, end = (_binary, ".bin") if binary else (_pickled, "")
+    batch, end = (_binary, ".bin") if binary else (_pickled, "")
     names = [f"data_batch_{k}{end}" for k in range(1, 6)]
-    train = [read(folder / name) for name in names if (folder / name).exists()]
-    test = read(folder / f"test_batch{end}")
+    train = [batch(folder / name) for name in names if (folder / name).exists()]
+    test = batch(folder / f"test_batch{end}")
     return *(np.concatenate(each) for each in zip(*train, strict=True)), *test  # type: ignore[return-value]
 
 
 def _binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    content = _bytes(path)
-    if not content or len(content) % RECORD:
-        raise BadData(f"{path}: expected records of {RECORD} bytes, got {len(content)} bytes")
+    content = read(path)
+    whole = content and len(content) % RECORD == 0
+    expect(whole, f"{path}: expected records of {RECORD} bytes, got {len(content)} bytes")
     records = np.frombuffer(content, np.uint8).reshape(-1, RECORD)
     return records[:, 1:].reshape(-1, 3, 32, 32), _below_10(path, records[:, 0])
 
 
 def _below_10(path: Path, labels: np.ndarray) -> np.ndarray:
-    if labels.max(initial=0) > 9:
-        raise BadData(f"{path}: expected labels of 0 to 9, got {labels.max()}")
+    largest = labels.max(initial=0)
+    expect(largest <= 9, f"{path}: expected labels of 0 to 9, got {largest}")
     return labels
 
 
@@ -59,43 +61,42 @@ def _pickled(path: Path) -> tuple[np.ndarray, np.ndarray]:
         images, labels = content[b"data"].reshape(-1, 3, 32, 32), np.array(content[b"labels"], np.uint8)
     except Exception as error:  # a garbled pickle may raise anything
         raise BadData(f"{path}: expected a batch of CIFAR-10 as Python pickles it, got {error}") from None
-    if len(images) != len(labels):
-        raise BadData(f"{path}: expected a label for each image, got {len(labels)} for {len(images)}")
+    counts = f"{len(labels)} for {len(images)}"
+    expect(len(images) == len(labels), f"{path}: expected a label for each image, got {counts}")
     return images, _below_10(path, labels)
 
 
 def from_folders(folder: Path) -> Arrays:
     """Return the images of train/CLASS/ and test/CLASS/, all of one size; needs matplotlib."""
-    if not (folder / "train").is_dir():
-        raise BadData(f"{folder / 'train'}: expected a folder, got a file")
-    classes = sorted(each.name for each in _shown(folder / "train") if each.is_dir())
-    if not classes:
-        raise BadData(f"{folder / 'train'}: expected a folder for each class, got none")
-    tested = folder / "test"
-    strange = sorted({e.name for e in _shown(tested) if e.is_dir()} - {*classes} if tested.is_dir() else ())
-    if strange:
-        names = ", ".join(strange)
-        raise BadData(f"{tested}: expected the classes that there are to train on, got {names} too")
+    train, test = folder / "train", folder / "test"
+    expect(train.is_dir(), f"{train}: expected a folder, got a file")
+    classes = sorted(each.name for each in _shown(train) if each.is_dir())
+    expect(classes, f"{train}: expected a folder for each class, got none")
+    tested = {each.name for each in _shown(test) if each.is_dir()} if test.is_dir() else set()
+    strange = ", ".join(sorted(tested - {*classes}))
+    expect(
+        not strange, f"{test}: expected the classes that there are to train on, got {strange} too"
+    )
+    wanted = f"expected images ({', '.join(sorted(IMAGES))}), got none"
     arrays: list[np.ndarray] = []
-    for part in ("train", "test"):
+    shape: tuple[int, ...] = ()
+    for part in (train, test):
         images: list[np.ndarray] = []
         labels: list[int] = []
         for label, name in enumerate(classes):
-            within = folder / part / name
-            if not within.is_dir():
-                raise BadData(f"{within}: expected a folder, as there is for training, got none")
-            for path in sorted(each for each in _shown(within) if each.suffix.lower() in IMAGES):
+            within = part / name
+            expect(within.is_dir(), f"{within}: expected a folder, as there is for training, got none")
+            paths = sorted(each for each in _shown(within) if each.suffix.lower() in IMAGES)
+            expect(paths or part == test, f"{within}: {wanted}")
+            for path in paths:
                 image = _image(path)
-                like = (arrays[0][0] if arrays else images[0] if images else image).shape
-                if image.shape != like:
-                    want, came = ("×".join(map(str, shape)) for shape in (like, image.shape))
-                    raise BadData(f"{path}: expected an image of {want}, as the others, got {came}")
+                shape = shape or image.shape
+                want, came = ("×".join(map(str, each)) for each in (shape, image.shape))
+                same = f"{path}: expected an image of {want}, as the others, got {came}"
+                expect(image.shape == shape, same)
                 images.append(image)
                 labels.append(label)
-            if part == "train" and label not in labels:
-                raise BadData(f"{within}: expected images ({', '.join(sorted(IMAGES))}), got none")
-        if not images:
-            raise BadData(f"{folder / part}: expected images ({', '.join(sorted(IMAGES))}), got none")
+        expect(images, f"{part}: {wanted}")
         arrays += [np.stack(images), np.array(labels)]
     return tuple(arrays)  # type: ignore[return-value]
 
@@ -113,15 +114,19 @@ def _image(path: Path) -> np.ndarray:
     except (OSError, SyntaxError, ValueError) as error:
         raise BadData(f"{path}: expected an image, got {error}") from None
     cmyk = image.ndim == 3 and image.shape[2] == 4 and path.suffix.lower() in (".jpg", ".jpeg")
-    if image.ndim not in (2, 3) or cmyk:
-        raise BadData(f"{path}: expected a grey or RGB image, got {'CMYK' if cmyk else image.shape}")
+    came = "CMYK" if cmyk else image.shape
+    expect(image.ndim in (2, 3) and not cmyk, f"{path}: expected a grey or RGB image, got {came}")
     scale = 255 if image.dtype.kind == "f" else 1  # PNGs come as 0 to 1
     image = image[..., None] if image.ndim == 2 else image[..., :3]
     return np.moveaxis(image, -1, 0).astype(np.float32) * scale
 
 
-def _bytes(path: Path) -> bytes:
+def read(path: Path) -> bytes:
+    """Return a file's content, out of gzip if its name says so."""
+    zipped = path.suffix == ".gz"
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise BadData(f"{path}: expected a file that can be read, got {error}") from None
+        content = path.read_bytes()
+        return gzip.decompress(content) if zipped else content
+    except (OSError, EOFError, zlib.error) as error:
+        wanted = "a gzip file" if zipped else "a file that can be read"
+        raise BadData(f"{path}: expected {wanted}, got {error}") from None

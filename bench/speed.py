@@ -7,20 +7,17 @@ the steps; it is taken in steps of its own, since a profiler costs time.
 
 from __future__ import annotations
 
-import csv
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 import sbncore as sbn
-from bench import memory, timing
+from bench import memory, report, timing
+from bench.machine import Machine
 from bench.networks import build
-from bench.progress import Progress
-from bench.report import Machine, markdown
-from bench.share import share
-from bench.trainee import Settings, Trainee, check, converted
+from bench.trainee import Settings, Trainee, check, converted, share
 
 IMAGE, CLASSES = (3, 32, 32), 10
 FULL_BN = "nn.BatchNorm2d"
@@ -36,11 +33,17 @@ Gain is the share of PyTorch's step that is saved, the median of the rounds'; th
 share is that of normalization, with the ReLU and the addition behind it, in the step. Kept is what autograd
 holds for backward; a ReLU's output, which fusion spares, the next convolution keeps."""
 
-Found = dict[str, tuple[np.ndarray, float, int]]  # seconds of the steps, normalization's share, bytes kept
+
+class Cost(NamedTuple):
+    """What training with one normalization costs."""
+
+    seconds: np.ndarray  # of each round's step
+    share: float  # of a step, that normalization takes
+    kept: int  # bytes that autograd holds for backward
 
 
-def measure(settings: Settings, rounds: int) -> Found:
-    """Check, then return the seconds of every round's step, normalization's share, and the bytes kept."""
+def measure(settings: Settings, rounds: int) -> dict[str, Cost]:
+    """Check, then return the cost of each normalization."""
     rng = np.random.default_rng(settings.seed)
     images = rng.standard_normal((settings.batch, *IMAGE), dtype=np.float32)
     x, labels = settings.tensors(images, rng.integers(0, CLASSES, settings.batch))
@@ -55,28 +58,26 @@ def measure(settings: Settings, rounds: int) -> Found:
         kept[name] = memory.kept(trainee.network, x)
         for _ in range(3):
             trainee.step(x, labels)
-    seconds = {name: np.empty(rounds) for name in trainees}
-    progress, names = Progress(rounds), list(trainees)
-    for r in range(rounds):
+    seconds, names = {name: np.empty(rounds) for name in trainees}, list(trainees)
+    for r in tqdm(range(rounds), desc="steps"):
         shift = r % len(names)
         for name in names[shift:] + names[:shift]:
             seconds[name][r] = trainees[name].step(x, labels)[1]
-        progress.step("steps")
-    return {name: (seconds[name], share(trainees[name], x, labels, PROFILED), kept[name]) for name in names}
+    return {
+        name: Cost(seconds[name], share(trainees[name], x, labels, PROFILED), kept[name]) for name in names
+    }
 
 
-def table(found: Found) -> list[str]:
+def table(found: dict[str, Cost]) -> list[str]:
     """Return the Markdown table; the first is what the others are compared with."""
-    before, lines = found[FULL_BN][0], []
-    for name, (seconds, part, nbytes) in found.items():
-        median, p20, p80 = timing.summary(seconds)
-        ratio = timing.ratio(before, seconds)
-        gain = 1 - timing.ratio(seconds, before)
-        cells = [f"{median:.1f} ({p20:.1f} to {p80:.1f})", f"{ratio:.2f}", f"{gain:.1%}", f"{part:.1%}"]
-        cells += [f"{nbytes / 1e6:.1f}"]
-        lines.append([name, *cells])
+    before, lines = found[FULL_BN].seconds, []
+    for name, cost in found.items():
+        median, p20, p80 = timing.summary(cost.seconds)
+        gain = 1 - timing.ratio(cost.seconds, before)
+        cells = [f"{median:.1f} ({p20:.1f} to {p80:.1f})", f"{timing.ratio(before, cost.seconds):.2f}"]
+        lines.append([name, *cells, f"{gain:.1%}", f"{cost.share:.1%}", f"{cost.kept / 1e6:.1f}"])
     titles = ["normalization", "step, ms", "PyTorch / this", "gain", "share of normalization", "kept, MB"]
-    return markdown(titles, lines, text=1)
+    return report.markdown(titles, lines)
 
 
 def run(settings: Settings, rounds: int, where: Machine, command: str, out: Path | None) -> None:
@@ -85,17 +86,15 @@ def run(settings: Settings, rounds: int, where: Machine, command: str, out: Path
     size = "×".join(map(str, IMAGE))
     about = f"A small ResNet, batches of {settings.batch} of {size}, {settings.device}"
     about += ", channels-last." if settings.channels_last else "."
-    lines = [f"{where} {about} `{command}`.", "", READING, "", *table(found)]
+    lines = [f"{where} {about} {command}.", "", READING, "", *table(found)]
     print("\n".join(lines))
     if out is None:
         return
-    out.mkdir(parents=True, exist_ok=True)
-    text = "\n".join(["# The time of a training step", "", *lines]) + "\n"
-    (out / "training-speed.md").write_text(text, encoding="utf-8")
-    with (out / "training-speed.csv").open("w", newline="", encoding="utf-8") as file:
-        sheet = csv.writer(file, lineterminator="\n")
-        beside = asdict(where)
-        sheet.writerow(["normalization", "step_median", "step_p20", "step_p80", "share", "kept", *beside])
-        for name, (seconds, part, nbytes) in found.items():
-            figures = (*timing.summary(seconds), part, nbytes)
-            sheet.writerow([name, *(f"{value:.4g}" for value in figures), *beside.values()])
+    report.write(out, "training-speed", "The time of a training step", lines)
+    names = ("step_median", "step_p20", "step_p80")
+    rows = [
+        {"normalization": name, **dict(zip(names, timing.summary(cost.seconds), strict=True)),
+         "share": cost.share, "kept": float(cost.kept)}
+        for name, cost in found.items()
+    ]  # fmt: skip
+    report.write_csv(out / "training-speed.csv", rows, where)

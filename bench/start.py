@@ -15,16 +15,18 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
-import numpy as np
+from tqdm import tqdm
 
 import sbncore as sbn
-from bench import cases, peers, report
-from bench.problems import folder_option
-from bench.progress import Progress
+from bench import cases, report
+from bench.contenders import Contender, Inference, Ours
+from bench.machine import machine
+from bench.options import folder
 from sbncore.cpu import kernels
 
 ROOT = Path(__file__).parents[1]
@@ -37,13 +39,14 @@ import {}
 print(time.perf_counter() - begin, "numba" in sys.modules)
 """
 CALLS = "from bench.start import calls; calls({!r}, {!r})"
-OPTIONS = {  # name: (shape, dtype, ReLU, residual)
-    "plain": ((16, 64, 28, 28), "float32", False, False),
-    "ReLU": ((16, 64, 28, 28), "float32", True, False),
-    "residual + ReLU": ((16, 64, 28, 28), "float32", True, True),
-    "float16": ((16, 64, 28, 28), "float16", False, False),
-    "7×7 maps": ((16, 64, 7, 7), "float32", False, False),
-    "inference": ((16, 64, 28, 28), "float32", False, False),
+MAPS = (16, 64, 28, 28)
+OPTIONS = {
+    "plain": cases.Case(MAPS),
+    "ReLU": cases.Case(MAPS, relu=True),
+    "residual + ReLU": cases.Case(MAPS, relu=True, residual=True),
+    "float16": cases.Case(MAPS, dtype="float16"),
+    "7×7 maps": cases.Case((16, 64, 7, 7)),
+    "inference": cases.Case(MAPS),
 }
 EVERY = [(layout, option) for layout in ("first", "last") for option in OPTIONS]
 QUICK = [("last", "inference"), ("first", "7×7 maps")]
@@ -51,27 +54,25 @@ QUICK = [("last", "inference"), ("first", "7×7 maps")]
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench start", description=__doc__)
-    parser.add_argument("--out", type=folder_option, metavar="FOLDER", help="for start-cpu.md")
+    parser.add_argument("--out", type=folder, metavar="FOLDER", help="for start-cpu.md")
     parser.add_argument("--quick", action="store_true", help="two cases, every figure of one process")
     options = parser.parse_args(arguments)
     chosen, runs = (QUICK, 1) if options.quick else (EVERY, RUNS)
-    where, command = report.machine(sbn.get_num_threads()), " ".join(["python -m bench start", *arguments])
-    with TemporaryDirectory() as folder:
-        steps = len(IMPORTS) * runs + len(chosen) * (1 + 2 * runs) + 1
-        fresh = Fresh(Path(folder), Progress(steps))
+    where = machine()
+    steps = len(IMPORTS) * runs + len(chosen) * (1 + 2 * runs) + 1
+    with TemporaryDirectory() as place, tqdm(total=steps) as bar:
+        fresh = Fresh(Path(place), bar)
         tables = [*imports(fresh, runs), "", *first_calls(fresh, chosen, runs)]
-    lines = ["# Starting on the CPU", "", f"{where} `{command}`.", "", str(__doc__).strip(), "", *tables]
-    print("\n".join(lines))
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "start-cpu.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines = [f"{where} {report.command('start', arguments)}.", "", str(__doc__).strip(), "", *tables]
+    print("\n".join(["# Starting on the CPU", "", *lines]))
+    report.write(options.out, "start-cpu", "Starting on the CPU", lines)
 
 
 class Fresh:
     """New processes over two copies of the package, a checkout's and a wheel's."""
 
-    def __init__(self, folder: Path, progress: Progress) -> None:
-        self.folder, self.progress = folder, progress
+    def __init__(self, folder: Path, bar: tqdm) -> None:
+        self.folder, self.bar = folder, bar
         self.objects = folder / "wheel" / "sbncore" / "cpu" / "objects"
         for copy in ("checkout", "wheel"):
             ignored = shutil.ignore_patterns("__pycache__", "objects")
@@ -89,7 +90,8 @@ class Fresh:
         )  # fmt: skip
         if done.returncode:
             sys.exit(f"{label}: failed, nothing is written\n{done.stderr}")
-        self.progress.step(label)
+        self.bar.set_description(label, refresh=False)
+        self.bar.update()
         return done.stdout.split()
 
     def compiled(self, cache: str) -> int:
@@ -133,10 +135,9 @@ def first_calls(fresh: Fresh, chosen: list[tuple[str, str]], runs: int) -> list[
         first, again, second = (
             median(float(each[k]) for each in told) for told, k in ((wheel, 0), (warm, 0), (warm, 1))
         )
-        cells = [f"{first:.2f}", f"{float(cold[0]):.2f}", str(compiled), f"{again:.2f}"]
-        cells.append(f"{1e3 * second:.2f}")
+        cells = [f"{first:.2f}", f"{float(cold[0]):.2f}", compiled, f"{again:.2f}", f"{1e3 * second:.2f}"]
         warned = max(int(each[2]) for each in (cold, *warm, *wheel))
-        lines.append([f"channels-{layout}", option, *cells, str(warned)])
+        lines.append([f"channels-{layout}", option, *cells, warned])
     layout, option = chosen[0]
     (fresh.folder / "file").touch()  # below a plain file nothing can be made, even by root
     told = fresh.run(CALLS.format(layout, option), "checkout", "file/cache", "no cache")
@@ -151,8 +152,8 @@ def calls(layout: str, option: str) -> None:
     Raises:
         WrongResult: if the result differs from the reference.
     """
-    data = cases.Data(cases.Case(OPTIONS[option][0], layout, *OPTIONS[option][1:]))
-    one = (Inference if option == "inference" else peers.Ours)(data, sbn.FeatureSampling(1 / 16), option)
+    data, sampler = cases.Data(replace(OPTIONS[option], layout=layout)), sbn.FeatureSampling(1 / 16)
+    one: Contender = Inference(data) if option == "inference" else Ours(data, sampler, option)
     seconds = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -162,24 +163,4 @@ def calls(layout: str, option: str) -> None:
             one.backward()
             seconds.append(time.perf_counter() - begin)
     print(*seconds, len(caught))
-    cases.verify(one, data, cases.TOLERANCE[data.case.dtype])
-
-
-class Inference(peers.Ours):
-    """Normalization by given statistics: the batch's own, so that the reference can judge y."""
-
-    grads = sbn.Grads(None, None, None, None)
-
-    def __init__(self, data: cases.Data, sampler: sbn.Sampler, name: str) -> None:
-        super().__init__(data, sampler, name)
-        self.mean, self.var = data.x.mean((0, 2, 3)), data.x.var((0, 2, 3))
-
-    def forward(self) -> None:
-        data, given = self.data, (self.mean, self.var, self.data.weight, self.data.bias)
-        self.y, _ = sbn.batch_norm(data.x, *given, training=False, eps=cases.EPS, out=data.y)
-
-    def backward(self) -> None:
-        pass
-
-    def weights(self) -> np.ndarray:
-        return sbn.Full().plan(self.data.case.shape).weights()
+    cases.verify(one)

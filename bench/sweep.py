@@ -5,17 +5,18 @@ from __future__ import annotations
 import datetime
 import json
 import multiprocessing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from bench.data import Data, load
-from bench.problems import BadData
-from bench.progress import Progress
+from bench.machine import set_threads
+from bench.options import BadData
 
 DEFAULT = "Fashion-MNIST"  # where Debian puts it
 POINTS = 40  # of a curve of losses
@@ -104,44 +105,37 @@ def sweep(
     done = {run.spec: run for run in (finished(path) if path else [])}
     left = [spec for spec in specs if spec not in done]
     if left:
-        progress = Progress(len(left))
-
-        def keep(run: Run) -> None:
+        trained = _train_all(left, jobs, threads, device, where)
+        for run in (bar := tqdm(trained, total=len(left))):
             done[run.spec] = run
             if path is not None:
                 with path.open("a", encoding="utf-8") as file:
                     file.write(run.line() + "\n")
-            progress.step(f"{run.spec.norm}, batch {run.spec.batch}: {run.accuracy:.1%}")
-
-        _all(left, keep, jobs, threads, device, where)
+            bar.set_description(f"{run.spec.norm}, batch {run.spec.batch}: {run.accuracy:.1%}")
     return [done[spec] for spec in specs]
 
 
-def _all(
-    specs: Sequence[Spec], keep: Callable[[Run], None], jobs: int, threads: int, device: str, where: str
-) -> None:
+def _train_all(
+    specs: Sequence[Spec], jobs: int, threads: int, device: str, where: str
+) -> Iterator[Run]:
     if jobs == 1:
         _start(threads)
-        for spec in specs:
-            keep(train(spec, device, where))
+        yield from (train(spec, device, where) for spec in specs)
         return
     # spawned: a forked child of a process with OpenMP threads may hang
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(jobs, context, _start, (threads,))
     try:
         for one in as_completed([pool.submit(train, spec, device, where) for spec in specs]):
-            keep(one.result())
+            yield one.result()
     finally:  # not `with`, whose own shutdown would let all that waits run
         pool.shutdown(cancel_futures=True)
 
 
 def _start(threads: int) -> None:
-    import torch
+    import torch  # noqa: F401  (its threads can be set once it is loaded)
 
-    import sbncore as sbn
-
-    torch.set_num_threads(threads)
-    sbn.set_num_threads(threads)
+    set_threads(threads)
 
 
 @lru_cache(maxsize=1)
@@ -154,8 +148,7 @@ def train(spec: Spec, device: str, where: str) -> Run:
     """Train once."""
     from bench.networks import build
     from bench.normalizations import normalized
-    from bench.share import share
-    from bench.trainee import Settings, Trainee, accuracy
+    from bench.trainee import Settings, Trainee, accuracy, share
 
     data = dataset(spec.data).subset(spec.images)
     settings = Settings(batch=spec.batch, rate=spec.rate, seed=spec.seed, device=device)

@@ -11,11 +11,14 @@ import gc
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
-Contender = Mapping[str, Callable[[], object]]  # phase -> what to time, in this order
+Call = Callable[[], object]
+Phases = Mapping[str, Call]  # phase -> what to time, in this order
 Times = dict[str, np.ndarray]  # phase -> seconds in each round, NaN where it sat out
+Name = TypeVar("Name")
 
 WARM_UP = 2
 FEWEST = 7  # rounds of a slow contender
@@ -38,10 +41,23 @@ def keep_pages() -> bool:
     return bool(mallopt(mmap_threshold, 1 << 30) and mallopt(trim_threshold, (1 << 31) - 1))
 
 
-def alternate(contenders: Mapping[str, Contender], rounds: int) -> dict[str, Times]:
+def once(call: Call) -> float:
+    """Return the seconds of a call."""
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def alternate(
+    contenders: Mapping[Name, Phases],
+    rounds: int,
+    clock: Callable[[Call], float] = once,
+    pause: float | None = None,
+) -> dict[Name, Times]:
     """Time all contenders in ``rounds`` rounds; those that are slow take part in some, 7 at least."""
-    part = {name: _rounds_of(contender, rounds) for name, contender in contenders.items()}
-    times: dict[str, Times] = {
+    pause = PAUSE if pause is None else pause
+    part = {name: _rounds_of(phases, rounds) for name, phases in contenders.items()}
+    times: dict[Name, Times] = {
         name: {phase: np.full(rounds, np.nan) for phase in phases} for name, phases in contenders.items()
     }
     names = list(contenders)
@@ -53,11 +69,9 @@ def alternate(contenders: Mapping[str, Contender], rounds: int) -> dict[str, Tim
             for name in names[shift:] + names[:shift]:
                 if not part[name][r]:
                     continue
-                time.sleep(PAUSE)
+                time.sleep(pause)
                 for phase, call in contenders[name].items():
-                    begin = time.perf_counter()
-                    call()
-                    times[name][phase][r] = time.perf_counter() - begin
+                    times[name][phase][r] = clock(call)
     finally:
         if collecting:
             gc.enable()
@@ -84,12 +98,9 @@ def geometric_mean(values: Sequence[float]) -> float:
     return float(np.exp(np.mean(np.log(values))))
 
 
-def _rounds_of(contender: Contender, rounds: int) -> np.ndarray:
+def _rounds_of(phases: Phases, rounds: int) -> np.ndarray:
     for _ in range(WARM_UP):
-        begin = time.perf_counter()
-        for call in contender.values():
-            call()
-        seconds = time.perf_counter() - begin
+        seconds = sum(once(call) for call in phases.values())
     count = min(rounds, max(FEWEST, int(PATIENCE / seconds)))
     spread = np.argsort(np.arange(rounds) * GOLDEN % 1)
     return np.isin(np.arange(rounds), spread[:count])

@@ -1,4 +1,4 @@
-"""A network and its optimizer: what a training step is, and how right its answers are."""
+"""A network and its optimizer: a training step, normalization's share of it, the accuracy."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ from bench.cases import WrongResult
 
 TOLERANCE = 1e-4  # of logits: float32's rounding through a dozen normalized layers
 TESTED = 500  # images at a time
+NORMALIZATION = {
+    "aten::batch_norm", "aten::group_norm", "aten::relu_", "aten::add_", "NativeBatchNormBackward0",
+    "NativeGroupNormBackward0", "ReluBackward0", "BatchNorm", "BatchNormBackward",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,8 @@ class Trainee:
             network.parameters(), settings.rate, settings.momentum, weight_decay=settings.decay
         )
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
-        self.finish = torch.cuda.synchronize if settings.device == "cuda" else lambda: None
+        self.on_gpu = settings.device == "cuda"
+        self.finish = torch.cuda.synchronize if self.on_gpu else lambda: None
 
     def step(self, x: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, float]:
         """Take one step; return the loss and the seconds."""
@@ -61,6 +66,15 @@ class Trainee:
         seconds = time.perf_counter() - begin
         self.schedule.step()
         return loss.detach(), seconds
+
+
+def share(trainee: Trainee, x: torch.Tensor, labels: torch.Tensor, steps: int) -> float:
+    """Return the part of a step in normalization, with the ReLU and the addition behind it, profiled."""
+    with torch.profiler.profile() as profile:
+        spent = sum(trainee.step(x, labels)[1] for _ in range(steps))
+    events = [event for event in profile.key_averages() if event.key in NORMALIZATION]
+    times = (event.device_time_total if trainee.on_gpu else event.cpu_time_total for event in events)
+    return sum(times) / 1e6 / spent
 
 
 def accuracy(network: torch.nn.Module, x: torch.Tensor, labels: torch.Tensor) -> float:

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import argparse
 import math
-import shlex
 import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import sbncore as sbn
+from bench import report
 from bench.cases import WrongResult
-from bench.layer import BUSY, SPINNING
-from bench.problems import BadData, folder_option
-from bench.report import Machine, machine
+from bench.machine import Machine, machine, set_threads
+from bench.options import BadData, expect, folder, integer
 
 if TYPE_CHECKING:
     from bench.suites import Suite
@@ -34,7 +33,7 @@ def main(arguments: list[str]) -> None:
     if torch is None:
         sys.exit("training needs PyTorch, which is not installed: pip install torch")
     options = _options(arguments)
-    command = shlex.join(["python", "-m", "bench", "training", *arguments])
+    command = report.command("training", arguments)
     try:
         if options.speed:
             _speed(options, command)
@@ -48,16 +47,11 @@ def main(arguments: list[str]) -> None:
 
 def _machine(options: argparse.Namespace, threads: int) -> Machine:
     """Set the threads; return where they are."""
-    if options.device == "cuda" and not torch.cuda.is_available():
+    gpu = options.device == "cuda"
+    if gpu and not torch.cuda.is_available():
         sys.exit("--device cuda: expected a CUDA device, PyTorch finds none")
-    sbn.set_num_threads(threads)
-    torch.set_num_threads(threads)
-    where = machine(threads)
-    if options.device == "cuda":
-        where = replace(where, cpu=f"{torch.cuda.get_device_name()}, {where.cpu}")
-    if float(where.load or 0) > BUSY * where.cores:
-        print(f"the machine is busy (load {where.load}): {SPINNING}", file=sys.stderr)
-    return where
+    set_threads(threads)
+    return machine(torch.cuda.get_device_name() if gpu else "")
 
 
 def _speed(options: argparse.Namespace, command: str) -> None:
@@ -77,13 +71,13 @@ def _sweep(options: argparse.Namespace, command: str) -> None:
     from bench.sweep import DEFAULT, dataset, sweep
     from bench.trainee import Settings, check
 
-    suite = _suite(options)
+    suite, out = _suite(options), options.out
     data = dataset(options.data or DEFAULT)
     images = min(suite.images, len(data.x)) if options.images is None else suite.images
-    if images > len(data.x):
-        raise BadData(f"--images: expected at most the {len(data.x)} of {data.name}, got {images}")
-    if max(suite.batches) > images:
-        raise BadData(f"--batches: expected at most the {images} images there are, got {max(suite.batches)}")
+    most = f"--images: expected at most the {len(data.x)} of {data.name}, got {images}"
+    expect(images <= len(data.x), most)
+    batch = max(suite.batches)
+    expect(batch <= images, f"--batches: expected at most the {images} images there are, got {batch}")
     data.subset(images)
     jobs = options.jobs or (1 if options.device == "cuda" else sbn.get_num_threads())
     where = _machine(options, options.threads or 1)
@@ -91,19 +85,20 @@ def _sweep(options: argparse.Namespace, command: str) -> None:
     for network in suite.networks:
         check(build(network, x.shape[1], data.classes, 0).to(options.device), x, 0)
     stem = f"training-{'quick' if options.quick else options.suite}"
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"{stem}.jsonl" if options.out else None
-    name = options.data or (DEFAULT if data.name == DEFAULT else "digits")
-    specs = _specs(suite, name, images)
-    runs = sweep(specs, path, jobs=jobs, threads=where.threads, device=options.device, where=where.cpu)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    runs = sweep(
+        _specs(suite, options.data or (DEFAULT if data.name == DEFAULT else "digits"), images),
+        out and out / f"{stem}.jsonl", jobs=jobs, threads=where.threads, device=options.device,
+        where=", ".join(filter(None, [where.gpu, where.cpu])),
+    )  # fmt: skip
     size = "×".join(map(str, data.x.shape[2:]))
     about = f"{suite.about}: {data.name}, {images:,} images of {size}, {suite.epochs} epochs"
-    lines = curves.report(runs, f"{where} {about}, {jobs} trainings at a time. `{command}`.")
+    lines = curves.report(runs, f"{where} {about}, {jobs} trainings at a time. {command}.")
     print("\n".join(lines))
-    if options.out is not None:
-        (options.out / f"{stem}.md").write_text("\n".join(["# " + suite.about, "", *lines]) + "\n", "utf-8")
-        curves.draw(options.out / f"{stem}.png", runs, about)
+    report.write(out, stem, suite.about, lines)
+    if out is not None:
+        curves.draw(out / f"{stem}.png", runs, about)
 
 
 def _suite(options: argparse.Namespace) -> Suite:
@@ -162,33 +157,34 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         prog="python -m bench training", description=__doc__, epilog=names,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--suite", choices=SUITES, default="accuracy", help="default: accuracy")
-    parser.add_argument("--norms", type=_words, help="names as below, separated by commas")
-    parser.add_argument("--networks", type=_words, help="plain, resnet, 1d")
-    parser.add_argument("--gradients", type=_words, help="exact, sampled, detached")
-    parser.add_argument("--batches", type=_numbers, help="batch sizes")
-    parser.add_argument("--seeds", type=_positive, help="how many")
-    parser.add_argument("--images", type=_positive, help="how many to train on, of every class its share")
-    parser.add_argument("--epochs", type=_positive)
-    parser.add_argument("--rates", type=_rates, help="learning rates for a batch of 128")
-    parser.add_argument("--data", metavar="FOLDER", help="IDX files, CIFAR-10's, train/CLASS/*; or digits")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--jobs", type=_positive, help="trainings at a time; default: as many as cores")
-    parser.add_argument("--threads", type=_positive, help="of each; default: 1, or with --speed all cores")
-    parser.add_argument("--out", type=folder_option, metavar="FOLDER", help="for the results")
-    parser.add_argument("--quick", action="store_true", help="a few minutes: the suite quick")
-    parser.add_argument(
-        "--speed", action="store_true",
-        help="only the time of a step, of random images, and normalization's share of it",
-    )  # fmt: skip
-    parser.add_argument("--channels-last", action="store_true", help="with --speed")
-    parser.add_argument("--rounds", type=_positive, help="steps of each, with --speed; default: 40")
+    add = parser.add_argument
+    add("--suite", choices=SUITES, default="accuracy", help="default: accuracy")
+    swept = [
+        add("--norms", type=_words, help="names as below, separated by commas"),
+        add("--networks", type=_words, help="plain, resnet, 1d"),
+        add("--gradients", type=_words, help="exact, sampled, detached"),
+        add("--seeds", type=integer, help="how many"),
+        add("--images", type=integer, help="how many to train on, of every class its share"),
+        add("--epochs", type=integer),
+        add("--rates", type=_rates, help="learning rates for a batch of 128"),
+        add("--data", metavar="FOLDER", help="IDX files, CIFAR-10's, train/CLASS/*; or digits"),
+        add("--jobs", type=integer, help="trainings at a time; default: as many as cores"),
+    ]
+    add("--batches", type=_numbers, help="batch sizes")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--threads", type=integer, help="of each; default: 1, or with --speed all cores")
+    add("--out", type=folder, metavar="FOLDER", help="for the results")
+    add("--quick", action="store_true", help="a few minutes: the suite quick")
+    add("--speed", action="store_true",
+        help="only the time of a step, of random images, and normalization's share of it")  # fmt: skip
+    add("--channels-last", action="store_true", help="with --speed")
+    add("--rounds", type=integer, help="steps of each, with --speed; default: 40")
     options = parser.parse_args(arguments)
     if not options.speed and (options.rounds or options.channels_last):
         parser.error("--rounds and --channels-last need --speed")
-    for name in ("norms", "networks", "gradients", "seeds", "images", "epochs", "rates", "data", "jobs"):
-        if options.speed and getattr(options, name) is not None:
-            parser.error(f"--{name} is not for --speed, which trains on random images")
+    for each in swept:
+        if options.speed and getattr(options, each.dest) is not None:
+            parser.error(f"--{each.dest} is not for --speed, which trains on random images")
     return options
 
 
@@ -197,7 +193,7 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(map(_positive, _words(text)))
+    return tuple(map(integer, _words(text)))
 
 
 def _rates(text: str) -> tuple[float, ...]:
@@ -205,9 +201,3 @@ def _rates(text: str) -> tuple[float, ...]:
     if not all(0 < rate < math.inf for rate in rates):
         raise argparse.ArgumentTypeError(f"expected positive numbers, got {text!r}")
     return rates
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
-    return int(text)

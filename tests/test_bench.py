@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tables import unpadded
 
 import sbncore as sbn
 
@@ -19,7 +20,9 @@ ROOT = Path(__file__).parents[1]
 if not (ROOT / "bench").is_dir():
     pytest.skip("no bench beside the tests", allow_module_level=True)
 
-from bench import contenders, cuda, goals, layer, peers, timing  # noqa: E402
+from bench import cases, contenders, cuda, goals, layer, layer_options, layer_report, tables, timing  # noqa: E402
+from bench.cases import Case, WrongResult  # noqa: E402
+from bench.machine import Machine  # noqa: E402
 from sbncore.cuda import device  # noqa: E402
 
 
@@ -40,12 +43,13 @@ def test_layer_quick(tmp_path):
     assert len(rows) == shapes * layouts * samplers * phases * len(peers_found)
     for row in rows:
         assert float(row["ours_p20"]) <= float(row["ours_median"]) <= float(row["ours_p80"])
-        assert float(row["peer_over_ours"]) > 0 and int(row["rounds"]) == layer.QUICK_ROUNDS
+        assert float(row["peer_over_ours"]) > 0 and int(row["rounds"]) == layer_options.QUICK_ROUNDS
         assert row["cpu"] and row["date"] and "NumPy" in row["versions"]
     short = (tmp_path / "layer-cpu.md").read_text(encoding="utf-8")
     assert short.startswith("# One BN layer on the CPU (float32)\n")
+    short = unpadded(short)
     assert "| shape | layout | forward / copy | backward / copy | NumPy / ours |" in short
-    assert ("| PyTorch eager / ours |" in short) == (peers.torch_version() is not None)
+    assert ("| PyTorch eager / ours |" in short) == contenders.installed("torch")
     assert (tmp_path / "layer-cpu.png").exists() == (importlib.util.find_spec("matplotlib") is not None)
     assert "8×256×7×7 | channels-last" in short and "**geometric mean**" in short
     assert all(
@@ -75,7 +79,8 @@ def test_a_wrong_result_aborts(tmp_path, monkeypatch, phase):
 def test_options_without_pytorch(tmp_path, monkeypatch, capsys, dtype):
     if dtype == "bfloat16":
         pytest.importorskip("ml_dtypes")
-    monkeypatch.setattr(peers, "torch_version", lambda: None)
+    for module in (contenders, layer_options):
+        monkeypatch.setattr(module, "installed", lambda package: package != "torch")
     layer.main(
         ["--shapes", "4x6x40", "3x5x4x6x7", "--samplers", "fs/4", "--dtype", dtype, "--activation", "relu",
          "--residual", "--rounds", "2", "--out", str(tmp_path)]
@@ -120,70 +125,93 @@ def test_dispatch_names_the_benchmarks():
 
 def gpu_rows():
     shapes = [(256, 64, 112, 112), (256, 64, 56, 56), (32, 64, 56, 56)]
-    for shape, last, (relu, residual) in itertools.product(shapes, (False, True), cuda.VARIANTS):
-        case = goals.Case(shape, "float16", last, relu, residual)
-        copy = 2 * case.nbytes / 4e6  # microseconds at 4 TB/s
-        yield goals.Row(case, "copy", "copy", copy, copy, copy, 2 * case.nbytes, 1.0)
-        for phase in ("forward", "backward", "both"):
+    for shape, layout, (relu, residual) in itertools.product(
+        shapes, ("first", "last"), layer_options.VARIANTS
+    ):
+        case = Case(shape, layout, "float16", relu, residual)
+        copy = 2 * case.nbytes / 4e9  # milliseconds at 4 TB/s
+        for phase, (call, speed) in itertools.product(tables.PHASES, (("python", 0.8), ("graph", 0.95))):
             moved = case.moved(phase)
-            for name, speed in (("ours", 0.8), ("graph", 0.95), ("PyTorch", 0.4)):
-                median = moved / 4e6 / speed
-                yield goals.Row(case, name, phase, median, median, median, moved, speed)
+            ours = moved / 4e9 / speed
+            for peer, theirs in (("copy", copy), ("PyTorch", moved / 4e9 / 0.4)):
+                yield tables.Row(
+                    case, "FeatureSampling(1/16)", call, phase, peer, ours, ours, ours, theirs, theirs,
+                    theirs, theirs / ours, 9, 0.0, moved,
+                )  # fmt: skip
 
 
 def test_the_bytes_that_each_variant_must_move():
-    plain, relu, add = (goals.Case((256, 64, 56, 56), "float16", False, *v) for v in cuda.VARIANTS)
+    variants = layer_options.VARIANTS
+    plain, relu, add = (Case((256, 64, 56, 56), "first", "float16", *each) for each in variants)
     N = plain.nbytes
-    assert N == 256 * 64 * 56 * 56 * 2 and add.variant == "BN+add+ReLU" and plain.layout == "channels-first"
+    assert N == 256 * 64 * 56 * 56 * 2 and add.variant == "BN+add+ReLU" and "channels-first" in str(plain)
     assert plain.moved("forward") / N == relu.moved("forward") / N == 2 + 1 / 16
     assert plain.moved("backward") / N == relu.moved("backward") / N == 3 + 3 / 16
     assert add.moved("forward") / N == 3 + 1 / 16 + 1 / 16  # the residual; a bit for each 16
     assert add.moved("backward") / N == 4 + 3 / 16 + 1 / 16
     for case in (plain, relu, add):
         assert case.moved("both") == case.moved("forward") + case.moved("backward")
+    assert plain.moved("forward", 1) / N == 3
 
 
 def test_goals_are_held_against_what_was_measured():
-    found = goals.goals(list(gpu_rows()), {"ours forward": 12.0, "ours backward": 19.0})
+    rows = list(gpu_rows())
+    found = goals.gpu_goals(rows, {"ours forward": 12.0, "ours backward": 19.0})
     text = [str(goal) for goal in found]
     assert text[0].endswith("bandwidth: 0.95, at least 0.92: reached")
     assert "BN+ReLU, 100 MB and more: 2.00, at least 2.4: missed" in text[6]
     assert text[-2].endswith("12.00, at most 15: reached") and text[-1].endswith("at most 15: missed")
     over = next(goal for goal in found if "13 MB" in goal.what)
-    small = goals.Case((32, 64, 56, 56), "float16", False, True, True)
+    small = Case((32, 64, 56, 56), "first", "float16", True, True)
     assert over.found == pytest.approx(small.moved("backward") / 4e6 * (1 / 0.95 - 1))
-    assert all(str(goal).endswith("not measured") for goal in goals.goals([], {}))
+    assert all(str(goal).endswith("not measured") for goal in goals.gpu_goals([], {}))
+    assert all(row.share == pytest.approx(0.95) for row in rows if (row.call, row.peer) == ("graph", "copy"))
+
+
+WHERE = Machine("a cpu", 2, 2, "by default", "", "2026-01-01", "v", "c", "A GPU 80GB", "1")
 
 
 def test_the_gpu_report_is_written(tmp_path, capsys):
-    where = {"gpu": "A GPU 80GB", "driver": "1", "versions": "v", "commit": "c", "date": "2026-01-01"}
-    goals.write(tmp_path, list(gpu_rows()), {"ours forward": 12.0}, where, ["wrong result: ours"])
+    rows, about = list(gpu_rows()), f"{WHERE}"
+    layer_report.write_gpu(tmp_path, rows, {"ours forward": 12.0}, WHERE, about, ["wrong result: ours"])
     assert "1.98" in capsys.readouterr().out
     assert (tmp_path / "layer-a-gpu-80gb.png").exists() == bool(importlib.util.find_spec("matplotlib"))
-    text = (tmp_path / "layer-a-gpu-80gb.md").read_text()
-    assert "A GPU 80GB, driver 1. v. Commit c, 2026-01-01." in text
+    text = unpadded((tmp_path / "layer-a-gpu-80gb.md").read_text(encoding="utf-8"))
+    assert "A GPU 80GB, driver 1; a cpu, " in text and ". v. Commit c, 2026-01-01." in text
     assert "| 256×64×56×56 | BN+add+ReLU | 102.8 |" in text and "## float16, channels-last" in text
-    tables, after = text.split("## Not measured")
-    assert "- wrong result: ours" in after and "## Goals" in after and "## Goals" not in tables
-    lines = (tmp_path / "layer-a-gpu-80gb.csv").read_text().splitlines()
-    assert len(lines) == 1 + len(list(gpu_rows())) and lines[1].endswith("A GPU 80GB,1,v,c,2026-01-01")
+    after_measured = text.split("## Not measured")
+    measured, after = after_measured
+    assert "- wrong result: ours" in after and "## Goals" in after and "## Goals" not in measured
+    assert "Host, microseconds a call: ours forward 12.0." in after
+    with (tmp_path / "layer-a-gpu-80gb.csv").open(encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    wanted = {"gpu": "A GPU 80GB", "driver": "1", "versions": "v", "commit": "c", "date": "2026-01-01"}
+    assert len(lines) == len(rows) and wanted.items() <= lines[0].items()
 
 
 def gpu_cases(*arguments):
-    return cuda.cases(layer._options(["--device", "cuda", *arguments]))
+    return layer.cases(layer_options.parsed(["--device", "cuda", *arguments]))
 
 
-def test_the_cases_on_a_gpu():
+def gpu_of(l2, monkeypatch):
+    """A GPU's clockwork on the CPU's arrays."""
+    monkeypatch.setattr(cuda.Gpu, "device", "cpu")
+    return cuda.Gpu(l2, WHERE, lambda: None)
+
+
+def test_the_cases_on_a_gpu(monkeypatch):
     every = gpu_cases()
     assert len(every) == len(set(every)) == 25 * 3 * 2 * 3
-    assert {case.nbytes // goals.MB for case in every} >= {12, 33, 102}
-    assert every[0].dtype == "float16" and cuda.FOREMOST == {case.shape for case in every[: 8 * 18]}
+    assert {case.nbytes // cases.MB for case in every} >= {12, 33, 102}
+    assert every[0].dtype == "float16" and layer.FOREMOST == {case.shape for case in every[: 8 * 18]}
     assert len(gpu_cases("--quick")) == 3 * 2 * 3
     few = gpu_cases("--shapes", "4x8x7x7", "--dtypes", "bfloat16", "float32", "--layouts", "last")
-    assert [case.dtype for case in few] == ["bfloat16"] * 3 + ["float32"] * 3 and all(c.last for c in few)
+    assert [case.dtype for case in few] == ["bfloat16"] * 3 + ["float32"] * 3
+    assert all(case.layout == "last" for case in few)
     assert {case.dtype for case in gpu_cases("--dtype", "float32")} == {"float32"}
+    gpu = gpu_of(50 << 20, monkeypatch)
     for case in every:  # x and y, which a forward and a copy touch
-        assert contenders.buffers(case, 50 << 20) * 2 * case.nbytes >= 2 * (50 << 20)
+        assert gpu.buffers(case) * 2 * case.nbytes >= 2 * (50 << 20)
 
 
 @pytest.mark.parametrize(
@@ -197,44 +225,51 @@ def test_options_of_the_other_device_are_refused(wrong, capsys):
     assert stopped.value.code == 2 and "error: " in capsys.readouterr().err
 
 
-def test_a_wrong_or_failing_case_is_told_of_and_the_others_are_timed(capsys):
+def test_a_wrong_or_failing_case_is_told_of_and_the_others_are_timed(monkeypatch, capsys):
     every, complaints = gpu_cases("--quick"), []
     seen = []
 
-    def one(case, rounds):
+    def one(case, samplers, rounds, *_):
         seen.append((case, rounds))
         if case == every[1]:
-            raise cuda.WrongResult("ours: y is off by 1")
+            raise WrongResult("ours: y is off by 1")
         if case == every[2]:
             raise RuntimeError("out of memory\nand more")
         return [case]
 
-    begin = time.perf_counter()
-    rows = cuda.sweep(every, one, 1e9, None, begin, complaints)
-    assert rows == [every[0], *every[3:]] and seen[0][1] == cuda.MOST
+    def swept(budget, rounds=None):
+        options = layer_options.parsed(["--device", "cuda", "--quick"])
+        options.budget, options.rounds = budget, rounds
+        return layer.sweep(every, options, gpu_of(1, monkeypatch), time.perf_counter(), complaints)
+
+    monkeypatch.setattr(layer, "measure", one)
+    rows = swept(1e9)
+    assert rows == [every[0], *every[3:]] and seen[0][1] == layer.MOST
     assert complaints[0] == "wrong result, not timed: ours: y is off by 1"
     assert complaints[1] == f"failed, not timed: {every[2]}: RuntimeError: out of memory"
-    assert cuda.sweep(every, one, -1.0, None, begin, complaints) == []
+    assert swept(-1.0) == []
     assert "18 of 18 cases left out: -1 s are over" in capsys.readouterr().err
 
-    def hopeless(case, rounds):
+    def hopeless(*_):
         raise RuntimeError("an illegal address")
 
     complaints.clear()
-    assert cuda.sweep(every, hopeless, 1e9, 2, begin, complaints) == [] and len(complaints) == cuda.HOPELESS
+    monkeypatch.setattr(layer, "measure", hopeless)
+    assert swept(1e9, 2) == [] and len(complaints) == layer.HOPELESS
+    assert "nothing works" in capsys.readouterr().err
 
 
 def test_the_time_left_decides_on_the_rounds():
-    other = goals.Case((32, 512, 7, 7), "float16", False, False, False)
-    rounds = [cuda.rounds_for(other, 10, 20, 10.0, 10 + left) for left in (5, 15, 25)]
-    assert rounds == [cuda.FEWEST, cuda.SOME, cuda.MOST]
-    foremost = goals.Case((32, 64, 56, 56), "float16", False, False, False)
-    assert cuda.rounds_for(foremost, 10, 20, 10.0, 0) == cuda.MOST
+    other = Case((32, 512, 7, 7), "first", "float16")
+    rounds = [layer.rounds_for(other, 10, 20, 10.0, 10 + left) for left in (5, 15, 25)]
+    assert rounds == [layer.FEWEST, layer.SOME, layer.MOST]
+    foremost = Case((32, 64, 56, 56), "first", "float16")
+    assert layer.rounds_for(foremost, 10, 20, 10.0, 0) == layer.MOST
 
 
 @pytest.fixture
 def on_the_cpu(monkeypatch):
-    """PyTorch's CPU tensors, a clock in place of events, calls in place of graphs."""
+    """The CPU's arrays, a clock in place of events, calls in place of graphs."""
     pytest.importorskip("torch")
 
     def timed(call, repeats):
@@ -248,18 +283,27 @@ def on_the_cpu(monkeypatch):
     monkeypatch.setattr(cuda, "PATIENCE", 0.0)
 
 
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("dtype", goals.ITEMSIZE)
-def test_the_gpu_benchmark_on_cpu_tensors(on_the_cpu, dtype, last):
-    for variant in cuda.VARIANTS:
-        case = goals.Case((8, 6, 14, 14), dtype, last, *variant)
-        rows = list(cuda.measure(case, 2, 2 * case.nbytes, [], device="cpu"))
-        found = {(row.name, row.phase): row for row in rows}
-        expected = {(name, phase) for name in ("ours", "graph", "PyTorch") for phase in cuda.PHASES}
-        assert found.keys() == {("copy", "copy")} | expected
-        assert found["copy", "copy"].share == pytest.approx(1)
-        assert all(0 < row.p20 <= row.median <= row.p80 for row in rows)
-        assert all((row.share > 0) == (row.name != "PyTorch") for row in rows)
+OURS = [("FeatureSampling(1/16)", cuda.SAMPLER)]
+
+
+def gpu_measure(case, rounds, gpu, complaints, against=("torch",)):
+    return list(layer.measure(case, OURS, rounds, list(against), gpu, complaints))
+
+
+@pytest.mark.parametrize("layout", ["first", "last"])
+@pytest.mark.parametrize("dtype", layer_options.GPU_DTYPES)
+def test_the_gpu_benchmark_on_cpu_arrays(on_the_cpu, monkeypatch, dtype, layout):
+    for variant in layer_options.VARIANTS:
+        case = Case((8, 6, 14, 14), layout, dtype, *variant)
+        gpu = gpu_of(2 * case.nbytes, monkeypatch)
+        assert gpu.buffers(case) == 2
+        rows = gpu_measure(case, 2, gpu, [])
+        found = {(row.call, row.phase, row.peer): row for row in rows}
+        peers = ("copy", "PyTorch")
+        assert found.keys() == set(itertools.product(("python", "graph"), tables.PHASES, peers))
+        assert all(0 < row.ours_p20 <= row.ours_median <= row.ours_p80 for row in rows)
+        assert all(0 < row.peer_p20 <= row.peer_median <= row.peer_p80 for row in rows)
+        assert all(row.share > 0 and row.bytes == case.moved(row.phase) for row in rows)
 
 
 def test_the_gpu_benchmark_from_its_options_to_its_files(on_the_cpu, monkeypatch, tmp_path, capsys):
@@ -271,77 +315,90 @@ def test_the_gpu_benchmark_from_its_options_to_its_files(on_the_cpu, monkeypatch
     )
     on_gpu = types.SimpleNamespace(
         Stream=lambda: null, stream=lambda stream: stream, empty_cache=lambda: None,
-        get_device_properties=lambda _: types.SimpleNamespace(name="A GPU"),
+        get_device_name=lambda: "A GPU",
     )  # fmt: skip
     torch = pytest.importorskip("torch")
     stub = types.SimpleNamespace(
         __version__="2", cuda=on_gpu, version=torch.version, backends=torch.backends
     )
-    right, costs = cuda.measure, cuda.host_costs
     monkeypatch.setattr(device, "cupy", lambda: fake)
     monkeypatch.setattr(cuda, "_torch", lambda: stub)
     monkeypatch.setattr(cuda, "_shared", lambda *_: null)
-    monkeypatch.setattr(cuda, "measure", lambda *given: right(*given, device="cpu"))
-    monkeypatch.setattr(cuda, "host_costs", lambda rounds: costs(rounds, 2, "cpu"))
+    monkeypatch.setattr(cuda.Gpu, "device", "cpu")
+    monkeypatch.setattr(cuda, "HOST_CALLS", 2)
     command = ["--device", "cuda", "--shapes", "4x8x7x7", "--dtypes", "float32", "--rounds", "2"]
-    with pytest.raises(SystemExit) as stopped:
-        layer.main([*command, "--out", str(tmp_path)])
+    layer.main([*command, "--out", str(tmp_path)])
     printed = capsys.readouterr()
-    assert stopped.value.code == 0, printed.err
     assert "host, microseconds of a backward: " in printed.out and "100%" in printed.err
     with (tmp_path / "layer-a-gpu.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 2 * 3 * 10 and {row["gpu"] for row in rows} == {"A GPU"} and rows[0]["commit"]
-    assert "host" in (tmp_path / "layer-a-gpu.md").read_text(encoding="utf-8")
+    calls, phases, peers = 2, 3, 2
+    assert len(rows) == 2 * 3 * calls * phases * peers
+    assert {row["gpu"] for row in rows} == {"A GPU"} and rows[0]["commit"]
+    text = (tmp_path / "layer-a-gpu.md").read_text(encoding="utf-8")
+    assert "host" in text and "`python -m bench layer --device cuda " in text
 
 
-def test_the_hosts_cost_is_measured(on_the_cpu):
-    costs = cuda.host_costs(1, repeats=2, device="cpu")
-    assert list(costs) == [f"{name} {phase}" for name in ("ours", "PyTorch") for phase in cuda.PHASES[:2]]
+def test_the_hosts_cost_is_measured(on_the_cpu, monkeypatch):
+    monkeypatch.setattr(cuda, "HOST_CALLS", 2)
+    costs = gpu_of(0, monkeypatch).host_costs(1)
+    phases = tables.PHASES[:2]
+    assert list(costs) == [f"{name} {phase}" for name in ("ours", "PyTorch") for phase in phases]
 
 
 @pytest.mark.parametrize("name", ["y", "x", "weight", "bias", "residual"])
 @pytest.mark.parametrize("who", ["Ours", "Torch"])
 def test_the_gpu_benchmark_finds_a_wrong_result(on_the_cpu, monkeypatch, who, name):
     one = getattr(contenders, who)
-    right_y, right_gradients = one.y, one.gradients
+    right = one.results
     wrong = (lambda a: a * 1.1) if name in ("y", "x", "residual") else (lambda a: a + 30)
-    monkeypatch.setattr(cuda, "alternate", lambda *_: pytest.fail("timed before it was right"))
-    monkeypatch.setattr(one, "y", lambda self: wrong(right_y(self)) if name == "y" else right_y(self))
+    monkeypatch.setattr(timing, "alternate", lambda *_: pytest.fail("timed before it was right"))
     monkeypatch.setattr(
-        one, "gradients",
-        lambda self: {k: wrong(v) if k == name else v for k, v in right_gradients(self).items()},
-    )  # fmt: skip
-    case = goals.Case((8, 6, 14, 14), "float16", True, True, True)
+        one, "results", lambda self: {k: wrong(v) if k == name else v for k, v in right(self).items()}
+    )
+    case = Case((8, 6, 14, 14), "last", "float16", True, True)
     what = "y" if name == "y" else f"the gradient of {name}"
-    with pytest.raises(cuda.WrongResult, match=f"on 8×6×14×14 .*: {what} is off by"):
-        list(cuda.measure(case, 1, 0, [], device="cpu"))
+    with pytest.raises(WrongResult, match=f"on 8×6×14×14 .*: {what} is off by"):
+        gpu_measure(case, 1, gpu_of(0, monkeypatch), [])
 
 
-@pytest.mark.parametrize("phase", cuda.PHASES)
+@pytest.mark.parametrize("phase", tables.PHASES)
 def test_a_graph_that_captured_nothing_is_found(on_the_cpu, monkeypatch, phase):
-    case = goals.Case((8, 6, 14, 14), "float32", False, True, False)
-    ours = contenders.Ours(contenders.Data(case, 0, "cpu"))
-    ours.turn = -1
+    case = Case((8, 6, 14, 14), "first", "float32", True)
+    ours = contenders.Ours(cases.Data(case), cuda.SAMPLER, "ours", repeated=True)
     ours.both()
     cuda.replayed(ours, phase, 1)()
     monkeypatch.setattr(cuda, "captured", lambda call, count: lambda: None)
-    with pytest.raises(cuda.WrongResult, match=f"a graph of {phase} writes other bits"):
+    with pytest.raises(WrongResult, match=f"a graph of {phase} writes other bits"):
         cuda.replayed(ours, phase, 1)
 
 
 def test_torch_compile_is_judged_or_left_out(on_the_cpu, monkeypatch):
-    case = goals.Case((8, 6, 14, 14), "float16", False, True, True)
-    monkeypatch.setattr(cuda, "COMPILED", {case.shape})
+    case, gpu = Case((8, 6, 14, 14), "first", "float16", True, True), gpu_of(0, monkeypatch)
     torch = pytest.importorskip("torch")
-    calls, complaints = [], []
+    calls, complaints, against = [], [], ("torch", "compile")
     monkeypatch.setattr(torch, "compile", lambda layer, **options: calls.append(options) or layer)
-    rows = list(cuda.measure(case, 1, 0, complaints, device="cpu"))
-    assert {row.name for row in rows} > {"torch.compile"} and calls == [{"dynamic": False}]
+    rows = gpu_measure(case, 1, gpu, complaints, against)
+    assert {row.peer for row in rows} > {"torch.compile"}
+    assert calls == [{"fullgraph": True, "dynamic": False}]
     monkeypatch.setattr(torch, "compile", lambda *_, **__: 1 / 0)
-    rows = list(cuda.measure(case, 1, 0, complaints, device="cpu"))
-    assert "torch.compile" not in {row.name for row in rows}
+    rows = gpu_measure(case, 1, gpu, complaints, against)
+    assert "torch.compile" not in {row.peer for row in rows}
     assert len(complaints) == 1 and complaints[0].startswith("torch.compile left out: failed")
+
+
+def test_torch_compile_is_asked_for_on_few_shapes(monkeypatch):
+    asked = {}
+
+    def noted(case, samplers, rounds, against, *_):
+        asked[case] = against
+        return []
+
+    monkeypatch.setattr(layer, "measure", noted)
+    options = layer_options.parsed(["--device", "cuda"])
+    layer.sweep(layer.cases(options), options, gpu_of(1, monkeypatch), time.perf_counter(), [])
+    compiled = {(case.shape, case.dtype) for case, against in asked.items() if "compile" in against}
+    assert compiled == {(shape, "float16") for shape in layer.COMPILED} and options.against == ["torch"]
 
 
 def test_without_a_gpu_the_benchmark_says_so(capsys):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from tables import unpadded
 
 import sbncore as sbn
 from bench import demo
@@ -44,7 +45,7 @@ def test_cross_entropy_has_its_gradient():
 def test_it_runs(tmp_path, capsys):
     pytest.importorskip("sklearn")
     demo.main(["--quick", "--out", str(tmp_path)])
-    printed = capsys.readouterr().out
+    printed = unpadded(capsys.readouterr().out)
     for name in demo.SAMPLERS:
         assert f"| {name} |" in printed
     assert "learning curves: " in printed or "no matplotlib" in printed
