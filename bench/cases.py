@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sbncore import reference
-from sbncore.arrays import empty
 
 EPS = 1e-5
 MB = 1_000_000
+LINE = 64  # bytes of a cache line
 ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 SAMPLED = 1 / 16  # of the data, where nothing else is said
 CHECKED = 1_700_000  # values at most that the reference is given, but for one whole channel
@@ -114,34 +114,39 @@ class Data:
             return array.reshape(N, C, -1)
         return np.moveaxis(array, 1, -1).reshape(-1, C)
 
+    def shaped(self, array: np.ndarray) -> np.ndarray:
+        """Return what `memory` returned in the case's shape; a parameter as it is."""
+        N, C, *spatial = self.case.shape
+        if array.ndim == 1:
+            return array
+        if self.case.layout == "first":
+            return array.reshape(self.case.shape)
+        return np.moveaxis(array.reshape(N, *spatial, C), -1, 1)
+
 
 Makers = tuple[Callable[..., Any], Callable[[Any, float, float], Any]]  # an array, and normal values in it
 
 
 def _numpy(case: Case, seed: int) -> Makers:
     """All arrays begin at a cache line, as PyTorch's own do."""
-    rng = np.random.default_rng(seed)
-    wide: Any = np.float64 if case.dtype == "float64" else np.float32
     if case.dtype == "bfloat16":
-        import ml_dtypes
-
-        kind = np.dtype(ml_dtypes.bfloat16)
-    else:
-        kind = np.dtype(case.dtype)
+        import ml_dtypes  # noqa: F401  (NumPy learns the name)
+    rng, kind = np.random.default_rng(seed), np.dtype(case.dtype)
+    wide: Any = np.float64 if case.dtype == "float64" else np.float32
     N, C, *spatial = case.shape
 
     def unset(parameter: bool = False) -> np.ndarray:
         if parameter:
-            return empty((C,), np.dtype(wide))
+            return np.empty(C, wide)
+        memory = np.empty(case.nbytes + LINE, np.uint8)
+        first = -memory.ctypes.data % LINE
+        flat = memory[first : first + case.nbytes].view(kind)
         if case.layout == "first":
-            return empty(case.shape, kind)
-        return np.moveaxis(empty((N, *spatial, C), kind), -1, 1)
+            return flat.reshape(case.shape)
+        return np.moveaxis(flat.reshape(N, *spatial, C), -1, 1)
 
     def normal(array: np.ndarray, mean: float, deviation: float) -> np.ndarray:
-        values = rng.standard_normal(array.shape, dtype=wide)
-        values *= deviation
-        values += mean
-        array[...] = values
+        array[...] = mean + np.float32(deviation) * rng.standard_normal(array.shape, dtype=wide)
         return array
 
     return unset, normal
@@ -180,27 +185,8 @@ def host(array: Any) -> np.ndarray:
     return np.asarray(array.get() if hasattr(array, "get") else array).astype(np.float64)
 
 
-class Checked(Protocol):
-    """One way to compute a layer: ours or a peer's."""
-
-    name: str
-    ours: bool
-    turn: int
-    data: Data
-
-    def forward(self) -> Any: ...
-
-    def backward(self) -> Any: ...
-
-    def weights(self) -> np.ndarray:
-        """Return p of the last forward, (N, *spatial)."""
-
-    def results(self) -> dict[str, Any]:
-        """Return y and the gradients by name."""
-
-
-def verify(one: Checked) -> None:
-    """Compare a forward and a backward with the reference, on a few channels of the whole batch.
+def verify(one: Any) -> None:
+    """Compare a contender's forward and backward with the reference, on a few channels of the whole batch.
 
     Nothing crosses channels, so that checking a few is exact. Where rounding may decide about ReLU, dy of
     these channels becomes 0: either derivative is right there.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import itertools
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -10,8 +11,9 @@ import numpy as np
 
 import sbncore as sbn
 from bench.cases import EPS, Buffers, Data, tensor
+from bench.report import installed
 
-GRADIENTS = ("x", "weight", "bias", "residual")
+RESULTS = ("y", "x", "weight", "bias", "residual")
 
 
 class Contender:
@@ -30,25 +32,35 @@ class Contender:
 
     def __init__(self, data: Data, repeated: bool = False) -> None:
         self.data, self.repeated, self.turn = data, repeated, -1
+        self.y: list[Any] = [None] * len(data.sets)
+        self.saved: list[Any] = [None] * len(data.sets)
 
-    def next(self) -> int:
-        self.turn = (self.turn + 1) % len(self.data.sets)
-        return self.turn
+    def run(self, k: int) -> tuple[Any, Any]:
+        """Return y of the k-th buffers, and what its backward needs."""
+        raise NotImplementedError
 
-    @property
-    def current(self) -> Buffers:
-        return self.data.sets[self.turn]
+    def differentiate(self, k: int) -> Sequence[Any]:
+        """Return the gradients of x, weight, bias and residual, None where there is none."""
+        raise NotImplementedError
 
     def forward(self) -> Any:
-        raise NotImplementedError
+        k = self.turn = (self.turn + 1) % len(self.data.sets)
+        self.y[k], self.saved[k] = self.run(k)
+        return self.saved[k]
 
     def backward(self) -> Any:
-        raise NotImplementedError
+        k = self.turn = (self.turn + 1) % len(self.data.sets)
+        self.grads = self.differentiate(k)
+        return self.saved[k], self.grads
 
     def both(self) -> Any:
         kept = self.forward()
         self.turn -= 1
         return kept, self.backward()
+
+    @property
+    def phases(self) -> dict[str, Callable[[], Any]]:
+        return {"forward": self.forward, "backward": self.backward}
 
     def weights(self) -> np.ndarray:
         """Return p of the last forward, (N, *spatial)."""
@@ -57,7 +69,8 @@ class Contender:
 
     def results(self) -> dict[str, Any]:
         """Return y and the gradients by name, of the current buffers."""
-        raise NotImplementedError
+        found = zip(RESULTS, (self.y[self.turn], *self.grads), strict=False)
+        return {name: value for name, value in found if value is not None}
 
 
 class Ours(Contender):
@@ -72,7 +85,6 @@ class Ours(Contender):
         self.fixed = sampler.plan(data.case.shape, step=1) if repeated else None
         self.views = [Buffers(*map(_view, buffers)) for buffers in data.sets]
         self.parameters = [_view(data.weight), _view(data.bias)]
-        self.saved: list[Any] = [None] * len(data.sets)
 
     def plan(self) -> sbn.Plan:
         """Draw and spell out the places of the next step; forward pays for this again."""
@@ -80,27 +92,27 @@ class Ours(Contender):
         _ = plan.runs
         return plan
 
-    def forward(self) -> Any:
-        k = self.next()
+    @property
+    def phases(self) -> dict[str, Callable[[], Any]]:
+        return super().phases if self.repeated else {"plan": self.plan, **super().phases}
+
+    def run(self, k: int) -> tuple[Any, Any]:
         self.step += 1
         plan = self.fixed or self.sampler.plan(self.data.case.shape, step=self.step)
         x, _, y, _, residual = self.views[k]
-        _, self.saved[k] = sbn.forward(
+        _, saved = sbn.forward(
             x, *self.parameters, plan=plan, eps=EPS, activation=self.activation, residual=residual, out=y
         )
-        return self.saved[k]
+        return self.data.sets[k].y, saved
 
-    def backward(self) -> Any:
-        k = self.next()
-        self.grads = sbn.backward(self.views[k].dy, self.saved[k], out=self.views[k].dx)
-        return self.saved[k], self.grads
+    def differentiate(self, k: int) -> Sequence[Any]:
+        return sbn.backward(self.views[k].dy, self.saved[k], out=self.views[k].dx)
 
     def weights(self) -> np.ndarray:
         return self.saved[self.turn].plan.weights()
 
     def results(self) -> dict[str, Any]:
-        gradients = self.grads._asdict() | {"x": self.current.dx}
-        return {"y": self.current.y} | {k: value for k, value in gradients.items() if value is not None}
+        return super().results() | {"x": self.data.sets[self.turn].dx}
 
 
 class Inference(Contender):
@@ -112,18 +124,16 @@ class Inference(Contender):
         super().__init__(data)
         axes, x = (0, *range(2, len(data.case.shape))), data.sets[0].x
         exact = (moment(axes, dtype=np.float64) for moment in (x.mean, x.var))
-        self.statistics = [each.astype(data.weight.dtype) for each in exact]
+        statistics = [each.astype(data.weight.dtype) for each in exact]
+        self.inputs = [x, *statistics, data.weight, data.bias]
 
-    def forward(self) -> None:
-        self.next()
-        x, y, (mean, var) = self.current.x, self.current.y, self.statistics
-        sbn.batch_norm(x, mean, var, self.data.weight, self.data.bias, training=False, eps=EPS, out=y)
+    def run(self, k: int) -> tuple[Any, Any]:
+        x, mean, var, weight, bias = self.inputs
+        y = self.data.sets[k].y
+        return sbn.batch_norm(x, mean, var, weight, bias, training=False, eps=EPS, out=y)[0], None
 
-    def backward(self) -> None:
-        self.turn = 0
-
-    def results(self) -> dict[str, Any]:
-        return {"y": self.current.y}
+    def differentiate(self, k: int) -> Sequence[Any]:
+        return ()
 
 
 class TorchInference(Inference):
@@ -133,48 +143,32 @@ class TorchInference(Inference):
 
     def __init__(self, data: Data) -> None:
         super().__init__(data)
-        given = (data.sets[0].x, *self.statistics, data.weight, data.bias)
-        self.tensors = [tensor(array) for array in given]
+        self.inputs = [tensor(array) for array in self.inputs]
 
-    def forward(self) -> None:
+    def run(self, k: int) -> tuple[Any, Any]:
         import torch
 
-        self.next()
         with torch.inference_mode():
-            self.y = torch.nn.functional.batch_norm(*self.tensors, training=False, eps=EPS)
-
-    def results(self) -> dict[str, Any]:
-        return {"y": self.y}
+            return torch.nn.functional.batch_norm(*self.inputs, training=False, eps=EPS), None
 
 
-class Copy:
-    """A copy of x into y on as many threads as ours: PyTorch's ``copy_``, or without it NumPy's."""
+def copier(data: Data) -> Callable[[], object]:
+    """Return a copy of x into y, of the next buffers in each call, on as many threads as ours.
 
-    def __init__(self, data: Data) -> None:
-        self.data, self.turn = data, -1
-        self.pool: ThreadPoolExecutor | None = None
-        if installed("torch"):
-            self.pairs = [(tensor(buffers.y), tensor(buffers.x)) for buffers in data.sets]
-            return
-        threads = sbn.get_num_threads()
-        halves = (np.ravel(data.memory(array)) for array in (data.sets[0].y, data.sets[0].x))
-        self.pieces = list(zip(*(np.array_split(half, threads) for half in halves), strict=True))
-        self.pool = ThreadPoolExecutor(threads)
+    It is PyTorch's ``copy_``, or without it NumPy's.
+    """
+    if installed("torch"):
+        pairs = itertools.cycle([(tensor(buffers.y), tensor(buffers.x)) for buffers in data.sets])
 
-    def copy(self) -> None:
-        if self.pool is None:
-            self.turn = (self.turn + 1) % len(self.pairs)
-            target, source = self.pairs[self.turn]
-            target.copy_(source)
-            return
-        others = [self.pool.submit(np.copyto, *piece) for piece in self.pieces[1:]]
-        np.copyto(*self.pieces[0])
-        for other in others:
-            other.result()
+        def copy() -> None:
+            y, x = next(pairs)
+            y.copy_(x)
 
-    def close(self) -> None:
-        if self.pool is not None:
-            self.pool.shutdown()
+        return copy
+    threads, (x, _, y, *_) = sbn.get_num_threads(), data.sets[0]
+    pieces = [np.array_split(np.ravel(data.memory(array)), threads) for array in (y, x)]
+    pool = ThreadPoolExecutor(threads)
+    return lambda: list(pool.map(np.copyto, *pieces))
 
 
 class NumPy(Contender):
@@ -197,11 +191,11 @@ class NumPy(Contender):
         self.z, self.dx = (a if a.dtype == self.wide else np.empty_like(a, self.wide) for a in outputs)
         self.xhat, self.g = (np.empty_like(self.z) for _ in range(2))
 
-    def forward(self) -> None:
+    def run(self, k: int) -> tuple[Any, Any]:
         z, xhat, x = self.z, self.xhat, self.arrays.x.astype(self.wide, copy=False)
         np.subtract(x, x.mean(self.axes, keepdims=True), out=xhat)
-        self.rstd = 1 / np.sqrt(np.square(xhat, out=z).mean(self.axes, keepdims=True) + EPS)
-        xhat *= self.rstd
+        rstd = 1 / np.sqrt(np.square(xhat, out=z).mean(self.axes, keepdims=True) + EPS)
+        xhat *= rstd
         np.multiply(xhat, self.weight, out=z)
         z += self.bias
         if self.arrays.residual is not None:
@@ -210,24 +204,22 @@ class NumPy(Contender):
             np.maximum(z, 0, out=z)
         if z is not self.arrays.y:
             self.arrays.y[...] = z
+        return self.data.sets[0].y, rstd
 
-    def backward(self) -> None:
-        g, dx, xhat = self.arrays.dy.astype(self.wide, copy=False), self.dx, self.xhat
+    def differentiate(self, k: int) -> Sequence[Any]:
+        g, dx, xhat, rstd = self.arrays.dy.astype(self.wide, copy=False), self.dx, self.xhat, self.saved[k]
         if self.data.case.relu:
             g = np.multiply(g, self.z > 0, out=self.g)
         M = g.size // self.weight.size
-        self.dbias = g.sum(self.axes, keepdims=True)
-        self.dweight = np.multiply(g, xhat, out=dx).sum(self.axes, keepdims=True)
-        np.multiply(xhat, self.dweight / -M, out=dx)
+        dbias = g.sum(self.axes, keepdims=True)
+        dweight = np.multiply(g, xhat, out=dx).sum(self.axes, keepdims=True)
+        np.multiply(xhat, dweight / -M, out=dx)
         dx += g
-        dx -= self.dbias / M
-        dx *= self.weight * self.rstd
+        dx -= dbias / M
+        dx *= self.weight * rstd
         if dx is not self.arrays.dx:
             self.arrays.dx[...] = dx
-
-    def results(self) -> dict[str, Any]:
-        _, _, y, dx, _ = self.data.sets[0]
-        return {"y": y, "x": dx, "weight": self.dweight.ravel(), "bias": self.dbias.ravel()}
+        return self.data.sets[0].dx, dweight.ravel(), dbias.ravel()
 
 
 class Torch(Contender):
@@ -243,7 +235,6 @@ class Torch(Contender):
             for x, _, _, _, r in data.sets
         ]
         self.dy = [_maps(buffers.dy) for buffers in data.sets]
-        self.y: list[Any] = [None] * len(data.sets)
         self.layer: Any = self.normalized
 
     def normalized(self, x: Any, weight: Any, bias: Any, residual: Any = None) -> Any:
@@ -253,22 +244,18 @@ class Torch(Contender):
         y = y if residual is None else y.add_(residual)
         return y.relu_() if self.data.case.relu else y
 
-    def forward(self) -> None:
-        k = self.next()
-        self.y[k] = self.layer(*self.inputs[k])
+    def run(self, k: int) -> tuple[Any, Any]:
+        return self.layer(*self.inputs[k]), None
 
-    def backward(self) -> None:
+    def differentiate(self, k: int) -> Sequence[Any]:
         import torch
 
-        k = self.next()
-        self.grads = torch.autograd.grad(
-            self.y[k], self.inputs[k], self.dy[k], retain_graph=self.repeated or None
-        )
+        keep = self.repeated or None
+        return torch.autograd.grad(self.y[k], self.inputs[k], self.dy[k], retain_graph=keep)  # type: ignore[no-any-return]
 
     def results(self) -> dict[str, Any]:
-        found = {"y": self.y[self.turn]} | dict(zip(GRADIENTS, self.grads, strict=False))
         shape = self.data.case.shape
-        return {name: t.detach().reshape(shape) if t.ndim > 1 else t for name, t in found.items()}
+        return {name: t.reshape(shape) if t.ndim > 1 else t for name, t in super().results().items()}
 
 
 class Compiled(Torch):
@@ -285,7 +272,10 @@ class Compiled(Torch):
 
 
 class Jax(Contender):
-    """JAX: the formulas jitted, and the backward by its own derivative; on all cores, whatever --threads."""
+    """JAX: the formulas jitted, and the backward by its own derivative; on all cores, whatever --threads.
+
+    The backward recomputes what its forward does not keep: a vjp's two halves cannot be jitted apart.
+    """
 
     name, needs = "JAX", "jax"
 
@@ -295,11 +285,9 @@ class Jax(Contender):
 
         super().__init__(data, repeated)
         axes, along = ((0, 2), (1, -1, 1)) if data.case.layout == "first" else ((0,), (1, -1))
-        x, dy, _, _, residual = data.sets[0]
-        given = [data.memory(x), data.weight, data.bias]
-        given += [] if residual is None else [data.memory(residual)]
-        self.inputs, self.dy = [jnp.asarray(array) for array in given], jnp.asarray(data.memory(dy))
-        self.wait = jax.block_until_ready
+        x, dy, _, _, residual = (None if array is None else data.memory(array) for array in data.sets[0])
+        self.inputs = [jnp.asarray(a) for a in (x, data.weight, data.bias, residual) if a is not None]
+        self.dy, self.wait = jnp.asarray(dy), jax.block_until_ready
 
         def normalized(x: Any, weight: Any, bias: Any, residual: Any = None) -> Any:
             wide = x.astype(weight.dtype)
@@ -310,32 +298,20 @@ class Jax(Contender):
             z = z if residual is None else z + residual
             return jnp.maximum(z, 0) if data.case.relu else z
 
-        self.call = jax.jit(normalized)
-        self.differentiate = jax.jit(lambda inputs, dy: jax.vjp(normalized, *inputs)[1](dy))
+        self.layer = jax.jit(normalized)
+        self.gradients = jax.jit(lambda inputs, dy: jax.vjp(normalized, *inputs)[1](dy))
 
-    def forward(self) -> None:
-        self.y = self.wait(self.call(*self.inputs))
+    def run(self, k: int) -> tuple[Any, Any]:
+        return self.wait(self.layer(*self.inputs)), None
 
-    def backward(self) -> None:
-        """Recomputes what its forward does not keep: a vjp's two halves cannot be jitted apart."""
-        self.grads = self.wait(self.differentiate(self.inputs, self.dy))
+    def differentiate(self, k: int) -> Sequence[Any]:
+        return self.wait(self.gradients(self.inputs, self.dy))  # type: ignore[no-any-return]
 
     def results(self) -> dict[str, Any]:
-        found = {"y": self.y} | dict(zip(GRADIENTS, self.grads, strict=False))
-        return {name: self._shaped(np.asarray(array)) for name, array in found.items()}
-
-    def _shaped(self, array: np.ndarray) -> np.ndarray:
-        N, C, *spatial = self.data.case.shape
-        if array.ndim == 1 or self.data.case.layout == "first":
-            return array if array.ndim == 1 else array.reshape(self.data.case.shape)
-        return np.moveaxis(array.reshape(N, *spatial, C), -1, 1)
+        return {name: self.data.shaped(np.asarray(a)) for name, a in super().results().items()}
 
 
 PEERS: dict[str, type[Contender]] = {"numpy": NumPy, "torch": Torch, "compile": Compiled, "jax": Jax}
-
-
-def installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
 
 
 def _view(array: Any) -> Any:

@@ -8,7 +8,6 @@ of the two, called or captured.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -18,23 +17,25 @@ import numpy as np
 import sbncore as sbn
 from bench import timing
 from bench.cases import Case, Data, WrongResult, tensor, verify
-from bench.contenders import Contender, Copy, Ours, Torch
+from bench.contenders import Contender, Ours, Torch, copier
 from bench.machine import Machine, machine
-from bench.tables import PHASES
+from bench.tables import GRAPH, PHASES
 
-TINY = Case((16, 64, 7, 7), dtype="float16", relu=True)
+TINY = Case((16, 64, 7, 7), dtype="float16", relu=True)  # too small to keep the device busy
 SAMPLER = sbn.FeatureSampling(1 / 16)
 MOST_BUFFERS = 128
 PATIENCE = 4e-3  # seconds of one contender in a round
-FEWEST = 3  # rounds of the host's costs
-HOST_CALLS = 200  # in each
-Captured = dict[tuple[str, str], timing.Phases]
+HOST_CALLS = 200  # in a round of the host's costs
+READING = """\
+Times are the device's, by CUDA events; buffers rotate, so that none is still in the L2 cache. graph: ours in
+a CUDA graph; all else is called from Python. Share: of the bandwidth that a copy of the same tensor reached,
+for the bytes that must move."""
 
 
 class Gpu:
     """Times on a GPU; works on the CPU's arrays too where its clock and graphs are replaced, as tests do."""
 
-    device, repeated, calls = "cuda", True, ("python", "graph")
+    device, reading = "cuda", READING
 
     def __init__(self, l2: int, where: Machine, free: Callable[[], None]) -> None:
         self.l2, self.where, self.free = l2, where, free
@@ -46,51 +47,40 @@ class Gpu:
     def data(self, case: Case) -> Data:
         return Data(case, self.device, self.buffers(case))
 
-    def times(self, ours: Sequence[Ours], others: Sequence[Contender], copy: Copy, rounds: int) -> Any:
-        """Return the seconds of each phase in each round, by contender and way of calling."""
-        sets, nbytes = len(copy.data.sets), copy.data.case.nbytes
+    def times(self, data: Data, ours: Sequence[Ours], others: Sequence[Contender], rounds: int) -> Any:
+        """Return the seconds of each contender's phases in each round, and of ours' graphs."""
+        sets, nbytes = len(data.sets), data.case.nbytes
         count = sets * max(1, min(4, (1 << 28) // (sets * nbytes)))
-        contenders: Captured = {}
+        copy = copier(data)
+        contenders: dict[str, timing.Phases] = {"copy": {"copy": copy}}
+        contenders["copy" + GRAPH] = {"copy": captured(copy, count)}
         for one in (*ours, *others):
             for _ in range(sets):  # a backward needs its buffers' forward
                 one.forward()
-            contenders[one.name, "python"] = {phase: getattr(one, phase) for phase in PHASES}
+            contenders[one.name] = {phase: getattr(one, phase) for phase in PHASES}
         for one in ours:
-            contenders[one.name, "graph"] = {phase: replayed(one, phase, count) for phase in PHASES}
-        contenders["copy", "python"] = {"copy": copy.copy}
-        contenders["copy", "graph"] = {"copy": captured(copy.copy, count)}
-        times = timing.alternate(contenders, rounds, Clock(), pause=0)
-        for (_, call), phases in times.items():
+            contenders[one.name + GRAPH] = {phase: replayed(one, phase, count) for phase in PHASES}
+        times = timing.alternate(contenders, rounds, clock(), pause=0)
+        for name, phases in times.items():
             for seconds in phases.values():
-                seconds /= count if call == "graph" else 1
-        copies = [times.pop(("copy", call))["copy"] for call in self.calls]
-        fastest = min(copies, key=lambda seconds: float(np.median(seconds)))
-        times["copy", "python"] = dict.fromkeys(PHASES, fastest)
-        return times
+                seconds /= count if name.endswith(GRAPH) else 1
+        copies = (times.pop(name)["copy"] for name in ("copy", "copy" + GRAPH))
+        return times | {"copy": dict.fromkeys(PHASES, min(copies, key=np.median))}
 
     def host_costs(self, rounds: int) -> dict[str, float]:
-        """Return microseconds of the host that a call takes, on a tensor too small to keep the device busy.
+        """Return microseconds of the host that a call takes.
 
         Raises:
             WrongResult: before anything is timed.
         """
-        import torch
-
-        data, costs = Data(TINY, self.device), {}
+        data = Data(TINY, self.device)
+        contenders: dict[str, timing.Phases] = {}
         for one in (Ours(data, SAMPLER, "ours", repeated=True), Torch(data, repeated=True)):
             verify(one)
             one.forward()
-            for phase in PHASES[:2]:
-                call, found = getattr(one, phase), []
-                for _ in range(max(FEWEST, rounds)):
-                    if self.device == "cuda":
-                        torch.cuda.synchronize()
-                    begin = time.perf_counter()
-                    for _ in range(HOST_CALLS):
-                        call()
-                    found.append((time.perf_counter() - begin) / HOST_CALLS)
-                costs[f"{one.name} {phase}"] = float(np.median(found)) * 1e6
-        return costs
+            contenders |= {f"{one.name} {phase}": {"": call} for phase, call in one.phases.items()}
+        times = timing.alternate(contenders, rounds, timing.repeatedly(HOST_CALLS))
+        return {name: float(np.median(phases[""])) * 1e6 for name, phases in times.items()}
 
 
 @contextmanager
@@ -117,16 +107,16 @@ def gpu() -> Iterator[Gpu]:
         yield Gpu(l2, where, free)
 
 
-class Clock:
-    """Seconds of a call on the device, over as many calls as its first ones say there is time for."""
+def clock() -> Callable[[timing.Call], float]:
+    """Return a clock of a call's seconds on the device, over as many calls as PATIENCE allows."""
+    repeats: dict[timing.Call, int] = {}
 
-    def __init__(self) -> None:
-        self.repeats: dict[timing.Call, int] = {}
+    def seconds(call: timing.Call) -> float:
+        if call not in repeats:
+            repeats[call] = max(2, min(200, int(PATIENCE / max(1e-6, timed(call, 3)))))
+        return timed(call, repeats[call])
 
-    def __call__(self, call: timing.Call) -> float:
-        if call not in self.repeats:
-            self.repeats[call] = max(2, min(200, int(PATIENCE / max(1e-6, timed(call, 3)))))
-        return timed(call, self.repeats[call])
+    return seconds
 
 
 def timed(call: timing.Call, repeats: int) -> float:

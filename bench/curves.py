@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.report import figure, grouped, markdown
+from bench.report import grouped, markdown
 from bench.suites import REFERENCE_BATCH
 from bench.sweep import Run
 
@@ -97,17 +96,17 @@ def _title(run: Run) -> str:
     return f"{spec.network}, {spec.gradient} gradient, batches of {spec.batch}, rate {spec.rate:g}"
 
 
-def draw(path: Path, runs: Sequence[Run], caption: str) -> None:
-    """Write a PNG: losses against the steps, a plot for every family of names, and final accuracies."""
+def draw(figure: Any, runs: Sequence[Run], caption: str) -> None:
+    """Draw losses against the steps, a plot for every family of names, and final accuracies."""
     plots = [
         (_title(group[0]), names, grouped(group, lambda run: run.spec.norm))
         for group in grouped(runs, _setting).values()
         for names in (*_families(run.spec.norm for run in group), None)
     ]
     rows = -(-len(plots) // COLUMNS)
-    one = figure(4 * COLUMNS, 3.3 * rows)
-    one.suptitle(caption, fontsize=9)
-    panels = one.subplots(rows, COLUMNS, squeeze=False).ravel()
+    figure.set_size_inches(4 * COLUMNS, 3.3 * rows)
+    figure.suptitle(caption, fontsize=9)
+    panels = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
     for axes, (title, names, by_norm) in zip(panels[: len(plots)], plots, strict=True):
         axes.set_title(title, fontsize=7)
         axes.tick_params(labelsize=6)
@@ -118,7 +117,6 @@ def draw(path: Path, runs: Sequence[Run], caption: str) -> None:
             _losses(axes, by_norm, names)
     for axes in panels[len(plots) :]:
         axes.set_axis_off()
-    one.savefig(path, dpi=75)
 
 
 def _losses(axes: Any, by_norm: Mapping[str, Sequence[Run]], names: Sequence[str]) -> None:

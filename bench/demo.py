@@ -6,20 +6,21 @@ weights over the same batches. ``python -m bench.demo``, or ``make demo``.
 
 from __future__ import annotations
 
-import argparse
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 import sbncore as sbn
+from bench import report
 from bench.machine import machine
 from bench.network import Network, cross_entropy
-from bench.options import folder, integer
-from bench.report import figure, markdown
+from bench.options import integer, parser
 
 BATCH, VIRTUAL, TEST = 64, 8, 500
 RATE, MOMENTUM, DECAY = 0.05, 0.9, 5e-4
@@ -114,13 +115,13 @@ def table(runs: list[Run]) -> list[str]:
         part = run.seconds_in_norm / run.seconds
         cells = [f"{run.accuracy[-1]:.1%}", f"{run.seconds_in_norm:.2f} s", f"{part:.0%}", f"{run.share:.1%}"]
         lines.append([run.name, *cells])
-    return markdown(titles, lines)
+    return report.markdown(titles, lines)
 
 
-def plot(runs: list[Run], path: Path) -> None:
-    """Write the learning curves as a PNG; needs matplotlib."""
-    one = figure(11, 4.2)
-    left, right = one.subplots(1, 2)
+def draw(figure: Any, runs: list[Run]) -> None:
+    """Draw the learning curves."""
+    figure.set_size_inches(11, 4.2)
+    left, right = figure.subplots(1, 2)
     for run in runs:
         style = {"linewidth": 2.4, "color": "black"} if run.name == "full BN" else {"linewidth": 1.3}
         left.plot(run.steps, [100 * (1 - a) for a in run.accuracy], label=run.name, **style)
@@ -134,37 +135,30 @@ def plot(runs: list[Run], path: Path) -> None:
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
     right.legend(frameon=False)
-    one.suptitle("scikit-learn's digits, one network, six ways to its statistics")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    one.savefig(path, dpi=130)
+    figure.suptitle("scikit-learn's digits, one network, six ways to its statistics")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench demo", description=__doc__)
-    parser.add_argument("--epochs", type=integer, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=folder, default=Path("out"), help="folder for demo.png")
-    parser.add_argument("--quick", action="store_true", help="two epochs")
-    options = parser.parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    one = parser("demo", __doc__, "two epochs", Path("out"))
+    one.add_argument("--epochs", type=integer, default=20)
+    one.add_argument("--seed", type=int, default=0)
+    options = one.parse_args(arguments)
+    epochs, seed, out = 2 if options.quick else options.epochs, options.seed, options.out
+    print("compiling the kernels (the first time takes some seconds; kept out of the timings)", flush=True)
     # BLAS threads wait for one another in a loop: beside another program two took twice as long as one
     with threadpool_limits(1, user_api="blas"):
-        demonstrate(2 if options.quick else options.epochs, options.seed, options.out / "demo.png")
-
-
-def demonstrate(epochs: int, seed: int, path: Path) -> None:
-    """Train with every sampler, print the table and draw the curves."""
-    print("compiling the kernels (the first time takes some seconds; kept out of the timings)", flush=True)
-    for name, sampler in SAMPLERS.items():
-        train(name, sampler, 1, seed)
-    runs = [train(name, sampler, epochs, seed) for name, sampler in SAMPLERS.items()]
-    print(f"\n{machine()} {epochs} epochs of batches of {BATCH}, seed {seed}.\n")
-    print("\n".join(table(runs)))
-    try:
-        plot(runs, path)
-    except ImportError:
-        print("\nno matplotlib, so no learning curves (pip install matplotlib)")
-    else:
-        print(f"\nlearning curves: {path.resolve()}")
+        for name, sampler in SAMPLERS.items():
+            train(name, sampler, 1, seed)
+        runs = [train(name, sampler, epochs, seed) for name, sampler in SAMPLERS.items()]
+    where = machine()
+    about = report.about(where, "demo", arguments, f"{epochs} epochs of batches of {BATCH}, seed {seed}.")
+    report.publish(
+        out, "demo", "Sampled beside full normalization", [about, "", *table(runs)], where,
+        draw=lambda figure: draw(figure, runs),
+    )  # fmt: skip
+    drawn = f"learning curves: {(out / 'demo.png').resolve()}"
+    print("\n" + (drawn if report.installed("matplotlib") else "no matplotlib, so no learning curves"))
 
 
 if __name__ == "__main__":

@@ -7,21 +7,19 @@ judges every sampler on what goes into each normalization layer.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 import sbncore as sbn
 from bench import report
-from bench.contenders import installed
 from bench.data import Data, load
 from bench.machine import machine, set_threads
-from bench.options import BadData, folder, integer
+from bench.options import BadData, integer, parser
 
 FAMILIES = "fs", "fs-runs", "fs-grid", "fs-common", "bs", "bs-random", "ns", "vdn"
 RATIOS = 4, 8, 16, 32, 64
@@ -96,9 +94,9 @@ def table(layers: Mapping[str, np.ndarray], found: Found, ratio: int, virtual: i
     return report.markdown(titles, lines, text=2)
 
 
-def draw(path: Path, layers: Sequence[str], found: Found, caption: str) -> None:
-    """Write a PNG, a plot for each sampler: errors against the ratio, a line for each layer."""
-    figure = report.figure(2 * len(FAMILIES), 7)
+def draw(figure: Any, layers: Sequence[str], found: Found, caption: str) -> None:
+    """Draw a plot for each sampler: errors against the ratio, a line for each layer."""
+    figure.set_size_inches(2 * len(FAMILIES), 7)
     figure.suptitle(caption, fontsize=8)
     for axes, family in zip(figure.subplots(2, len(FAMILIES) // 2, sharey=True).flat, FAMILIES, strict=True):
         for k, layer in enumerate(layers):
@@ -112,44 +110,34 @@ def draw(path: Path, layers: Sequence[str], found: Found, caption: str) -> None:
         axes.grid(alpha=0.3)
     axes.legend(fontsize=6)
     figure.supylabel("error of the mean (solid) and the deviation (dotted), standard deviations", fontsize=8)
-    figure.savefig(path, dpi=90)
 
 
 def main(arguments: list[str]) -> None:
-    options = _options(arguments)
-    if not installed("torch"):
+    one = parser("fidelity", __doc__, "few steps and draws")
+    one.add_argument("--network", choices=("plain", "resnet", "1d"), default="plain")
+    one.add_argument("--ratio", type=int, choices=RATIOS, default=16, help="of the printed table: one in")
+    one.add_argument("--data", metavar="FOLDER", help="as training")
+    one.add_argument("--seed", type=partial(integer, least=0), default=0)
+    options = one.parse_args(arguments)
+    if not report.installed("torch"):
         sys.exit("fidelity needs PyTorch, which is not installed: pip install torch")
     try:
         data = load(options.data)
     except BadData as bad:
         sys.exit(str(bad))
-    where = machine()
-    virtual = max(1, BATCH // RATIOS[0])
+    where, virtual = machine(), max(1, BATCH // RATIOS[0])
     steps, draws = (10, 4) if options.quick else (STEPS, DRAWS)
     layers = activations(options.network, data, virtual, options.seed, steps)
     found = judge(layers, virtual, draws)
     about = f"{data.name}, the network {options.network} after {steps} steps of {BATCH}, {draws} draws"
-    command = report.command("fidelity", arguments)
-    lines = [f"{where} {about}. {command}.", "", READING, "", *table(layers, found, options.ratio, virtual)]
-    print("\n".join(lines))
-    if options.out is not None:
-        stem = f"fidelity-{options.network}"
-        report.write(options.out, stem, "Estimates on real activations", lines)
-        draw(options.out / f"{stem}.png", list(layers), found, about)
-        names = ("mean_error", "std_error", "count", "effective", "correlation")
-        rows = [
-            {"layer": layer, "sampler": name, **{each: float(getattr(one, each)) for each in names}}
-            for (layer, name), one in found.items()
-        ]
-        report.write_csv(options.out / f"{stem}.csv", rows, where)
-
-
-def _options(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench fidelity", description=__doc__)
-    parser.add_argument("--network", choices=("plain", "resnet", "1d"), default="plain")
-    parser.add_argument("--ratio", type=int, choices=RATIOS, default=16, help="of the printed table: one in")
-    parser.add_argument("--data", metavar="FOLDER", help="as training")
-    parser.add_argument("--seed", type=partial(integer, least=0), default=0)
-    parser.add_argument("--out", type=folder, metavar="FOLDER", help="for table, figures, picture")
-    parser.add_argument("--quick", action="store_true", help="few steps and draws")
-    return parser.parse_args(arguments)
+    lines = [report.about(where, "fidelity", arguments, f"{about}."), "", READING, ""]
+    names = ("mean_error", "std_error", "count", "effective", "correlation")
+    rows = [
+        {"layer": layer, "sampler": name, **{each: float(getattr(figures, each)) for each in names}}
+        for (layer, name), figures in found.items()
+    ]
+    report.publish(
+        options.out, f"fidelity-{options.network}", "Estimates on real activations",
+        [*lines, *table(layers, found, options.ratio, virtual)], where, rows,
+        lambda figure: draw(figure, list(layers), found, about),
+    )  # fmt: skip

@@ -12,10 +12,11 @@ OMP_WAIT_POLICY=passive.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 from tqdm import tqdm
@@ -23,9 +24,9 @@ from tqdm import tqdm
 import sbncore as sbn
 from bench import cuda, report, tables, timing
 from bench.cases import Case, Data, WrongResult, verify
-from bench.contenders import PEERS, Contender, Copy, Ours
+from bench.contenders import PEERS, Contender, Ours, copier
+from bench.goals import gpu_goals
 from bench.layer_options import GPU_DTYPES, parsed
-from bench.layer_report import write, write_gpu
 from bench.machine import machine, set_threads
 
 # Measured first: on them the goals stand. Of 103, 411, 206, 51, 33.5, 26 and twice 13 MB in half precision.
@@ -36,16 +37,30 @@ FOREMOST = {
 COMPILED = {(256, 64, 56, 56), (256, 512, 7, 7), (32, 256, 14, 14)}  # torch.compile takes seconds for each
 FEWEST, SOME, MOST = 3, 5, 9  # rounds on a GPU
 HOPELESS = 5  # failures in a row: the device's context may be lost
+READING = """\
+Ours / copy: how many times as long as copying the tensor once takes (N bytes read, N written). The least
+traffic is 2N for the forward and 3N for the exact backward: 1 and 1.5 copies. Peer / ours: how many times as
+fast ours is, forward and backward together where nothing else is said; the peers compute full batch
+normalization. A ratio is the median over the rounds of the ratio within a round, a time the median (20th to
+80th percentile). All agreed with the float64 reference first.
+"""
+CPU_READING = """\
+NumPy runs on one thread. Ours draws a new plan in every forward and writes into buffers used before; malloc
+keeps freed pages, so the peers' memory is warm too. Share: of the copy's bandwidth, for the bytes that must
+move."""
+
 Samplers = Sequence[tuple[str, sbn.Sampler]]
 
 
 class Cpu:
     """Times on the CPU: a forward and its backward in turn, a clock around each call."""
 
-    repeated, calls = False, ("python",)
+    reading = CPU_READING
 
     def __init__(self) -> None:
         self.where = machine()
+        if not timing.keep_pages():
+            self.reading += " Here malloc could not be told to: PyTorch's times contain fresh pages."
 
     def data(self, case: Case) -> Data:
         return Data(case)
@@ -53,37 +68,32 @@ class Cpu:
     def free(self) -> None:
         pass
 
-    def host_costs(self, rounds: int) -> dict[str, float]:
-        return {}
-
-    def times(self, ours: Sequence[Ours], others: Sequence[Contender], copy: Copy, rounds: int) -> Any:
-        """Return the seconds of each phase in each round, by contender and way of calling."""
-        contenders: dict[tuple[str, str], timing.Phases] = {("copy", "python"): {"copy": copy.copy}}
-        for one in (*ours, *others):
-            drawn: dict[str, timing.Call] = {"plan": one.plan} if isinstance(one, Ours) else {}
-            contenders[one.name, "python"] = drawn | {"forward": one.forward, "backward": one.backward}
-        times = timing.alternate(contenders, rounds)
+    def times(self, data: Data, ours: Sequence[Ours], others: Sequence[Contender], rounds: int) -> Any:
+        """Return the seconds of each contender's phases in each round."""
+        contenders: dict[str, timing.Phases] = {"copy": {"copy": copier(data)}}
+        times = timing.alternate(contenders | {one.name: one.phases for one in (*ours, *others)}, rounds)
+        copied = times.pop("copy")["copy"]
         for phases in times.values():
-            if "copy" in phases:
-                phases |= dict.fromkeys(tables.PHASES, phases["copy"])
-            else:
-                phases["both"] = phases["forward"] + phases["backward"]
-        return times
+            phases["both"] = phases["forward"] + phases["backward"]
+        return times | {"copy": dict.fromkeys(tables.PHASES, copied)}
 
 
 def main(arguments: list[str]) -> None:
     options = parsed(arguments)
     cpu = options.device == "cpu"
-    if cpu and options.threads:
+    if options.threads:
         set_threads(options.threads)
-    warm = timing.keep_pages() if cpu else True
-    place: AbstractContextManager[Any] = nullcontext() if cpu else cuda.gpu()
     complaints: list[str] = []
+    host: dict[str, float] = {}
     try:
-        with place as gpu:
-            begin, on = time.perf_counter(), gpu or Cpu()
+        with nullcontext(Cpu()) if cpu else cuda.gpu() as on:
+            begin = time.perf_counter()
             print(on.where, file=sys.stderr)
-            host = _host_costs(on, options.rounds or SOME, complaints)
+            if isinstance(on, cuda.Gpu):
+                try:
+                    host = on.host_costs(options.rounds or SOME)
+                except Exception as complaint:
+                    complaints.append(_told(cuda.TINY, complaint))
             rows = sweep(cases(options), options, on, begin, complaints)
     except WrongResult as wrong:
         sys.exit(f"\nwrong result, nothing is written: {wrong}")
@@ -93,12 +103,8 @@ def main(arguments: list[str]) -> None:
         print(f"no CUDA device: {complaint}", file=sys.stderr)
         sys.exit(2)
     print("".join(f"{line}\n" for line in complaints), end="", file=sys.stderr)
-    command = report.command("layer", arguments)
-    if cpu:
-        pages = "" if warm else " malloc could not be told to keep pages: PyTorch's times contain fresh ones."
-        write(options, rows, on.where, f"{on.where} {command}.{pages}")
-    elif rows:
-        write_gpu(options.out, rows, host, on.where, f"{on.where} {command}.", complaints)
+    if rows:
+        write(options, rows, on, report.about(on.where, "layer", arguments), host, complaints)
     if complaints or not rows:
         sys.exit(1)
 
@@ -124,32 +130,28 @@ def sweep(
         WrongResult: on the CPU, before anything of that case is timed.
     """
     rows: list[tables.Row] = []
-    cpu, failed = options.device == "cpu", 0
-    bar = tqdm(total=len(cases))
-    for done, case in enumerate(cases):
+    gpu, failed = options.device == "cuda", 0
+    for done, case in enumerate(bar := tqdm(cases)):
         elapsed = time.perf_counter() - begin
-        if not cpu and (elapsed > options.budget or failed == HOPELESS):
+        if elapsed > options.budget or failed == HOPELESS:
             over = f"{options.budget:g} s are over, --budget allows more"
             why = over if failed < HOPELESS else "nothing works"
             print(f"\n{len(cases) - done} of {len(cases)} cases left out: {why}", file=sys.stderr)
             break
         bar.set_description(str(case))
-        against = options.against
-        if not cpu and not options.quick and case.shape in COMPILED and case.dtype == "float16":
-            against = [*against, "compile"]
+        compiles = gpu and not options.quick and case.shape in COMPILED and case.dtype == "float16"
+        against = [*options.against, "compile"] if compiles else options.against
         rounds = options.rounds or rounds_for(case, done, len(cases), elapsed, options.budget)
         try:
-            rows += measure(case, options.samplers, rounds, against, on, None if cpu else complaints)
+            rows += measure(case, options.samplers, rounds, against, on, complaints if gpu else None)
             failed = 0
         except Exception as complaint:
-            if cpu:
+            if not gpu:
                 raise
             complaints.append(_told(case, complaint))
             failed += not isinstance(complaint, WrongResult)
         finally:
             on.free()
-        bar.update()
-    bar.close()
     return rows
 
 
@@ -162,8 +164,9 @@ def rounds_for(case: Case, done: int, total: int, elapsed: float, budget: float)
 
 
 def measure(
-    case: Case, samplers: Samplers, rounds: int, against: Sequence[str], on: Any, complaints: list[str] | None
-) -> Iterator[tables.Row]:
+    case: Case, samplers: Samplers, rounds: int, against: Sequence[str], on: Any,
+    complaints: list[str] | None = None,
+) -> Iterator[tables.Row]:  # fmt: skip
     """Check and time one case.
 
     Args:
@@ -174,43 +177,62 @@ def measure(
     Raises:
         WrongResult: before anything is timed.
     """
-    data = on.data(case)
-    ours = [Ours(data, sampler, name, on.repeated) for name, sampler in samplers]
+    data, repeated = on.data(case), isinstance(on, cuda.Gpu)
+    ours = [Ours(data, sampler, name, repeated) for name, sampler in samplers]
     for one in ours:
         verify(one)
     others: list[Contender] = []
     for name in against:
         try:
-            others.append(PEERS[name](data, on.repeated))
-            verify(others[-1])
+            other = PEERS[name](data, repeated)
+            verify(other)
         except Exception as complaint:  # no Triton, no C compiler, ...
             if complaints is None or name != "compile":
                 raise
-            others = others[: list(against).index(name)]
             complaints.append(f"torch.compile left out: {_told(case, complaint)}")
-    copy = Copy(data)
-    times = on.times(ours, others, copy, rounds)
-    copy.close()
-    for name, sampler in samplers:
-        sampled = getattr(sampler, "amount", 1.0)
-        for call in on.calls:
-            mine = times[name, call]
-            plan = timing.summary(mine["plan"])[0] if "plan" in mine else 0.0
-            for peer in ("copy", *(other.name for other in others)):
-                for phase in tables.PHASES:
-                    a, b = mine[phase], times[peer, "python"][phase]
-                    yield tables.Row(
-                        case, name, call, phase, peer, *timing.summary(a), *timing.summary(b),
-                        timing.ratio(b, a), timing.shared(a, b), plan, case.moved(phase, sampled),
-                    )  # fmt: skip
+        else:
+            others.append(other)
+    times = on.times(data, ours, others, rounds)
+    sampled = {name: getattr(sampler, "amount", 1.0) for name, sampler in samplers}
+    for name, mine in times.items():
+        sampler = name.removesuffix(tables.GRAPH)
+        if sampler not in sampled:
+            continue
+        plan = timing.summary(mine["plan"])[0] if "plan" in mine else 0.0
+        for peer in ("copy", *(other.name for other in others)):
+            for phase in tables.PHASES:
+                a, b = mine[phase], times[peer][phase]
+                yield tables.Row(
+                    case, name, phase, peer, *timing.summary(a), *timing.summary(b), timing.ratio(b, a),
+                    timing.shared(a, b), plan, case.moved(phase, sampled[sampler]),
+                )  # fmt: skip
 
 
-def _host_costs(on: Any, rounds: int, complaints: list[str]) -> dict[str, float]:
-    try:
-        return on.host_costs(rounds)  # type: ignore[no-any-return]
-    except Exception as complaint:
-        complaints.append(_told(cuda.TINY, complaint))
-        return {}
+def write(
+    options: argparse.Namespace, rows: Sequence[tables.Row], on: Any, about: str, host: dict[str, float],
+    complaints: Sequence[str],
+) -> None:  # fmt: skip
+    """Write a short and a long table, CSV and PNG, of a GPU also its goals, and print the short one."""
+    gpu, what = on.where.gpu, [*options.dtypes, options.activation, options.residual and "residual"]
+    what = [word for word in what if word]
+    stem = "-".join(["layer-cpu", *(word for word in what if word != "float32")])
+    title = f"One BN layer on the CPU ({', '.join(what)})"
+    after: list[str] = []
+    if gpu:
+        stem = "layer-" + re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+        title = "One BN layer on a GPU"
+        costs = ", ".join(f"{name} {cost:.1f}" for name, cost in host.items()) or "not measured"
+        if complaints:
+            after = ["", "## Not measured", "", *(f"- {complaint}" for complaint in complaints)]
+        after += ["", "## Goals", "", *(f"- {goal}" for goal in gpu_goals(rows, host))]
+        after += ["", f"Host, microseconds a call: {costs}."]
+    head = [about, "", READING + on.reading, ""]
+    report.write(options.out, f"{stem}-long", title, [*head, *tables.table(rows, long=True)])
+    report.publish(
+        options.out, stem, title, [*head, *tables.table(rows), *after], on.where,
+        [row.flat() for row in rows], lambda figure: tables.draw(figure, rows),
+    )  # fmt: skip
+    print(f"written: {options.out / stem}.csv, .md, -long.md and, with matplotlib, .png", file=sys.stderr)
 
 
 def _told(case: Case, complaint: Exception) -> str:
@@ -218,5 +240,3 @@ def _told(case: Case, complaint: Exception) -> str:
         return f"wrong result, not timed: {complaint}"
     first = next(iter(str(complaint).splitlines()), "")
     return f"failed, not timed: {case}: {type(complaint).__name__}: {first}"
-
-

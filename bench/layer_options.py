@@ -10,8 +10,9 @@ from pathlib import Path
 
 import sbncore as sbn
 from bench.cases import ITEMSIZE, SAMPLED
-from bench.contenders import PEERS, installed
-from bench.options import folder, integer
+from bench.contenders import PEERS
+from bench.options import integer, parser
+from bench.report import installed
 
 # Of ResNet-18 and ResNet-50 at batch 32, and a layer in 1-D and one in 3-D.
 SHAPES = [
@@ -33,9 +34,8 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def parsed(arguments: list[str]) -> argparse.Namespace:
-    about = "One BN layer: checked, then timed."
-    parser = argparse.ArgumentParser(prog="python -m bench layer", description=about)
-    add = parser.add_argument
+    one = parser("layer", "One BN layer: checked, then timed.", "few shapes, few rounds", RESULTS)
+    add = one.add_argument
     add("--shapes", nargs="+", type=_shape, metavar="32x64x56x56")
     add("--layouts", nargs="+", choices=("first", "last"), default=["first", "last"])
     add("--against", type=_against, metavar="numpy,torch,compile,jax,copy",
@@ -49,22 +49,21 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     add("--residual", action="store_true")
     add("--rounds", type=integer)
     add("--threads", type=integer, help="default: all cores")
-    add("--out", type=folder, default=RESULTS)
     add("--budget", type=float,
         help="seconds, on a GPU: what is not begun by then is left out; default: 300")  # fmt: skip
-    add("--quick", action="store_true", help="few shapes, few rounds")
-    options = parser.parse_args(arguments)
-    (_on_the_cpu if options.device == "cpu" else _on_a_gpu)(parser, options)
+    options = one.parse_args(arguments)
+    (_on_the_cpu if options.device == "cpu" else _on_a_gpu)(one, options)
     return options
 
 
-def _on_the_cpu(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+def _on_the_cpu(one: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     for name in ("dtypes", "budget"):
         if getattr(options, name) is not None:
-            parser.error(f"--{name} needs --device cuda")
+            one.error(f"--{name} needs --device cuda")
+    options.budget = math.inf
     options.dtypes = [options.dtype or "float32"]
     if options.dtype == "bfloat16" and not installed("ml_dtypes"):
-        parser.error("bfloat16 needs the package ml_dtypes: NumPy has no such type")
+        one.error("bfloat16 needs the package ml_dtypes: NumPy has no such type")
     options.variants = [(options.activation == "relu", options.residual)]
     options.samplers = options.samplers or [_sampler(name) for name in ("full", "bs/16", "fs/16")]
     options.shapes = options.shapes or [_shape(text) for text in (QUICK if options.quick else SHAPES)]
@@ -75,17 +74,17 @@ def _on_the_cpu(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
             print("PyTorch is not installed: no column of its", file=sys.stderr)
     for name in options.against:
         if not installed(PEERS[name].needs):
-            parser.error(f"--against {name} needs the package {PEERS[name].needs}, which is not installed")
+            one.error(f"--against {name} needs the package {PEERS[name].needs}, which is not installed")
 
 
-def _on_a_gpu(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+def _on_a_gpu(one: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     for name in ("samplers", "activation", "residual", "threads", "against"):
         if getattr(options, name):
-            parser.error(f"--{name} is not for --device cuda, which times every variant of one sampler")
+            one.error(f"--{name} is not for --device cuda, which times every variant of one sampler")
     if options.dtype == "float64":
-        parser.error("expected --dtypes of float16, bfloat16 and float32, got float64")
+        one.error("expected --dtypes of float16, bfloat16 and float32, got float64")
     if any(len(shape) != 4 for shape in options.shapes or ()):
-        parser.error("expected shapes NxCxHxW for --device cuda")
+        one.error("expected shapes NxCxHxW for --device cuda")
     chosen = [options.dtype] if options.dtype else ["float16"] if options.quick else list(GPU_DTYPES)
     options.dtypes = options.dtypes or chosen
     options.variants, options.against = VARIANTS, ["torch"]

@@ -1,4 +1,4 @@
-"""Values of the command line that several benchmarks take, and what they complain of."""
+"""What the command line of several benchmarks takes, and what they complain of."""
 
 from __future__ import annotations
 
@@ -14,6 +14,15 @@ def expect(right: object, complaint: str) -> None:
     """Raise BadData, which says what was expected and what came, unless all is right."""
     if not right:
         raise BadData(complaint)
+
+
+def parser(name: str, about: str | None, quick: str, out: Path | None = None) -> argparse.ArgumentParser:
+    """Return a parser that knows --out and --quick."""
+    as_written = argparse.RawDescriptionHelpFormatter
+    one = argparse.ArgumentParser(f"python -m bench {name}", description=about, formatter_class=as_written)
+    one.add_argument("--out", type=folder, default=out, metavar="FOLDER", help="for the results")
+    one.add_argument("--quick", action="store_true", help=quick)
+    return one
 
 
 def integer(text: str, least: int = 1) -> int:

@@ -13,10 +13,9 @@ from typing import Any
 import sbncore as sbn
 from bench import timing
 from bench.cases import WrongResult
-from bench.contenders import installed
 from bench.machine import machine, set_threads
 from bench.options import integer
-from bench.report import markdown
+from bench.report import installed, markdown
 
 SHAPES = [(2, 4, 2, 2), (16, 64, 7, 7), (16, 64, 14, 14)]
 CALLS = 50  # of a contender in a round
@@ -53,12 +52,11 @@ def measured(shape: tuple[int, ...], rounds: int) -> list[list[str]]:
     torch.manual_seed(0)
     x, dy = torch.randn(2, *shape)
     x.requires_grad_()
+    fs = sbn.FeatureSampling(1 / 8, at_least=4)
     layers: dict[str, Any] = {
         THEIRS: torch.nn.BatchNorm2d(shape[1]),
         "Full()": SampledBatchNorm2d(shape[1]),
-        "FeatureSampling(1/8)": SampledBatchNorm2d(
-            shape[1], sampler=sbn.FeatureSampling(1 / 8, at_least=4)
-        ),
+        "FeatureSampling(1/8)": SampledBatchNorm2d(shape[1], sampler=fs),
     }
     outputs = [layers[name](x) for name in (THEIRS, "Full()")]
     gradients = [torch.autograd.grad(y, x, dy)[0] for y in outputs]
@@ -66,25 +64,19 @@ def measured(shape: tuple[int, ...], rounds: int) -> list[list[str]]:
         if not bool((ours - theirs).abs().max() <= TOLERANCE):
             raise WrongResult(f"the layer of {shape} differs from torch's")
 
-    def forward(layer: Any) -> None:
-        for _ in range(CALLS):
-            layer(x)
-
-    def both(layer: Any) -> None:
-        for _ in range(CALLS):
-            torch.autograd.grad(layer(x), (x, layer.weight, layer.bias), dy)
+    def both(layer: Any) -> Any:
+        return torch.autograd.grad(layer(x), (x, layer.weight, layer.bias), dy)
 
     contenders = {
-        name: {"forward": lambda one=layer: forward(one), "both": lambda one=layer: both(one)}
+        name: {"forward": lambda one=layer: one(x), "both": lambda one=layer: both(one)}
         for name, layer in layers.items()
     }
-    times = timing.alternate(contenders, rounds)
+    times = timing.alternate(contenders, rounds, timing.repeatedly(CALLS))
     lines = []
-    for name in layers:
+    for name, phases in times.items():
         cells = ["×".join(map(str, shape)), name]
-        for phase in ("forward", "both"):
-            median = timing.summary(times[name][phase])[0]
-            share = timing.ratio(times[name][phase], times[THEIRS][phase])
-            cells += [f"{1e3 * median / CALLS:.1f}", f"{share:.2f}"]
+        for phase, seconds in phases.items():
+            cells += [f"{1e3 * timing.summary(seconds)[0]:.1f}"]
+            cells += [f"{timing.ratio(seconds, times[THEIRS][phase]):.2f}"]
         lines.append(cells)
     return lines

@@ -7,6 +7,7 @@ the steps; it is taken in steps of its own, since a profiler costs time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,21 +81,17 @@ def table(found: dict[str, Cost]) -> list[str]:
     return report.markdown(titles, lines)
 
 
-def run(settings: Settings, rounds: int, where: Machine, command: str, out: Path | None) -> None:
+def run(settings: Settings, rounds: int, where: Machine, arguments: Sequence[str], out: Path | None) -> None:
     """Measure, print, and write training-speed.md and .csv to a folder."""
     found = measure(settings, rounds)
     size = "×".join(map(str, IMAGE))
     about = f"A small ResNet, batches of {settings.batch} of {size}, {settings.device}"
     about += ", channels-last." if settings.channels_last else "."
-    lines = [f"{where} {about} {command}.", "", READING, "", *table(found)]
-    print("\n".join(lines))
-    if out is None:
-        return
-    report.write(out, "training-speed", "The time of a training step", lines)
+    lines = [report.about(where, "training", arguments, about), "", READING, "", *table(found)]
     names = ("step_median", "step_p20", "step_p80")
     rows = [
         {"normalization": name, **dict(zip(names, timing.summary(cost.seconds), strict=True)),
          "share": cost.share, "kept": float(cost.kept)}
         for name, cost in found.items()
     ]  # fmt: skip
-    report.write_csv(out / "training-speed.csv", rows, where)
+    report.publish(out, "training-speed", "The time of a training step", lines, where, rows)

@@ -8,7 +8,6 @@ others (warm). The second call is that of a warm process. All results agreed wit
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -26,7 +25,7 @@ import sbncore as sbn
 from bench import cases, report
 from bench.contenders import Contender, Inference, Ours
 from bench.machine import machine
-from bench.options import folder
+from bench.options import parser
 from sbncore.cpu import kernels
 
 ROOT = Path(__file__).parents[1]
@@ -53,19 +52,15 @@ QUICK = [("last", "inference"), ("first", "7×7 maps")]
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench start", description=__doc__)
-    parser.add_argument("--out", type=folder, metavar="FOLDER", help="for start-cpu.md")
-    parser.add_argument("--quick", action="store_true", help="two cases, every figure of one process")
-    options = parser.parse_args(arguments)
+    options = parser("start", __doc__, "two cases, every figure of one process").parse_args(arguments)
     chosen, runs = (QUICK, 1) if options.quick else (EVERY, RUNS)
     where = machine()
     steps = len(IMPORTS) * runs + len(chosen) * (1 + 2 * runs) + 1
     with TemporaryDirectory() as place, tqdm(total=steps) as bar:
         fresh = Fresh(Path(place), bar)
         tables = [*imports(fresh, runs), "", *first_calls(fresh, chosen, runs)]
-    lines = [f"{where} {report.command('start', arguments)}.", "", str(__doc__).strip(), "", *tables]
-    print("\n".join(["# Starting on the CPU", "", *lines]))
-    report.write(options.out, "start-cpu", "Starting on the CPU", lines)
+    lines = [report.about(where, "start", arguments), "", str(__doc__).strip(), "", *tables]
+    report.publish(options.out, "start-cpu", "Starting on the CPU", lines, where)
 
 
 class Fresh:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from bench.cases import MB, Case
-from bench.report import figure, grouped, markdown
+from bench.cases import Case
+from bench.report import grouped, markdown
 from bench.timing import geometric_mean
 
 HEADLINE = "FeatureSampling(1/16)"
+GRAPH = ", graph"  # behind a contender's name: captured in a CUDA graph
 PHASES = ("forward", "backward", "both")
 TITLES = {"PyTorch": "PyTorch eager"}
 
@@ -22,7 +22,6 @@ class Row:
 
     case: Case
     sampler: str
-    call: str  # "python", or "graph": captured in a CUDA graph
     phase: str  # forward, backward, or both: a forward and the backward after it
     peer: str  # copy, NumPy, PyTorch, ...
     ours_median: float
@@ -49,86 +48,56 @@ class Row:
         return {**about, **{name: value for name, value in asdict(self).items() if name != "case"}}
 
 
-def headline_table(rows: Sequence[Row]) -> list[str]:
-    """Return the README's table: one sampler, a line for each shape and layout, and the means."""
-    sampler = _headline(rows)
-    chosen = [row for row in rows if row.sampler == sampler]
-    found = _peers(chosen)
-    wanted = [("forward", "copy"), ("backward", "copy"), *(("both", peer) for peer in found)]
-    titles = ["forward / copy", "backward / copy", *(f"{TITLES.get(peer, peer)} / ours" for peer in found)]
-    return [f"{sampler}:", "", *_ratio_table(chosen, wanted, titles, [])]
+def table(rows: Sequence[Row], long: bool = False) -> list[str]:
+    """Return a table for each sampler, element type and variant, with the means over shapes and layouts.
 
-
-def long_table(rows: Sequence[Row]) -> list[str]:
-    """Return a table with every sampler, phase and peer, and their means over the shapes and layouts."""
-    wanted = [(phase, peer) for peer in ("copy", *_peers(rows)) for phase in PHASES]
-    titles = [f"{phase} / copy" if peer == "copy" else f"{peer} / ours, {phase}" for phase, peer in wanted]
-    times = ["forward, ms", "backward, ms", "plan, ms", "copy, ms"]
-    out = []
-    for sampler, chosen in grouped(rows, lambda row: row.sampler).items():
-        out += [f"## {sampler}", "", *_ratio_table(chosen, wanted, titles, times), ""]
-    return out[:-1]
-
-
-def _ratio_table(
-    rows: Sequence[Row], wanted: Sequence[tuple[str, str]], titles: list[str], times: list[str]
-) -> list[str]:
-    """Peer / ours, but ours / copy: a copy is the yardstick, the others are what is to be beaten."""
-    lines, columns = [], []
-    for case, group in grouped(rows, lambda row: row.case).items():
-        found = {(row.phase, row.peer): row for row in group}
-        ratios = [found[key].peer_over_ours if key in found else None for key in wanted]
-        ratios = [r and (1 / r if peer == "copy" else r) for r, (_, peer) in zip(ratios, wanted, strict=True)]
-        columns.append(ratios)
-        one, other = (found[phase, "copy"] for phase in PHASES[:2])
-        cells = [_spread(one), _spread(other), f"{one.plan_median:.2f}", f"{one.peer_median:.2f}"]
-        lines.append([case.size, f"channels-{case.layout}", *cells[: len(times)], *map(_cell, ratios)])
-    known = [[ratio for ratio in column if ratio is not None] for column in zip(*columns, strict=True)]
-    means = (f"**{_cell(geometric_mean(column) if column else None)}**" for column in known)
-    lines.append(["**geometric mean**", "", *[""] * len(times), *means])
-    return markdown(["shape", "layout", *times, *titles], lines, text=2)
-
-
-def gpu_table(rows: Sequence[Row]) -> list[str]:
-    """Return a table for each element type and layout; times in microseconds."""
-    columns = [("graph", "forward", "copy"), ("graph", "backward", "copy"), ("python", "both", "copy")]
-    peers = ["PyTorch", "torch.compile"]
-    titles = ["shape", "variant", "MB", "graph, forward, us", "graph, backward, us", "ours, both, us"]
-    titles += [*(f"{peer}, both, us" for peer in peers), "copy, us"]
-    titles += ["forward, share", "backward, share", "PyTorch / ours"]
+    The short ones, the README's, are of the headline's sampler, and leave out times and phases.
+    """
+    chosen = rows if long else [row for row in rows if row.sampler.removesuffix(GRAPH) == _headline(rows)]
     out: list[str] = []
-    for (dtype, layout), group in grouped(rows, lambda row: (row.case.dtype, row.case.layout)).items():
-        lines = []
+    for (sampler, dtype, variant), group in grouped(chosen, _section).items():
+        peers = [peer for peer in dict.fromkeys(row.peer for row in group) if peer != "copy"]
+        wanted = [(phase, "copy") for phase in PHASES[: 3 if long else 2]]
+        wanted += [(phase, peer) for peer in peers for phase in PHASES[0 if long else 2 :]]
+        titles = [
+            f"{phase} / copy" if peer == "copy"
+            else f"{TITLES.get(peer, peer)} / ours" + f", {phase}" * long
+            for phase, peer in wanted
+        ]  # fmt: skip
+        times = ["forward, ms", "backward, ms", "plan, ms", "copy, ms", "share, forward", "share, backward"]
+        times = times if long else []
+        lines, columns = [], []
         for case, same in grouped(group, lambda row: row.case).items():
-            found = {(row.call, row.phase, row.peer): row for row in same}
-            ours = [found[column] for column in columns]
-            others = [found.get(("python", "both", peer)) for peer in peers]
-            cells = [f"{1e3 * row.ours_median:.1f}" for row in ours]
-            cells += [f"{1e3 * row.peer_median:.1f}" if row else "" for row in others]
-            cells += [f"{1e3 * ours[0].peer_median:.1f}", *(f"{row.share:.0%}" for row in ours[:2])]
-            cells += [f"{others[0].peer_over_ours:.2f}" if others[0] else ""]
-            lines.append([case.size, case.variant, f"{case.nbytes / MB:.1f}", *cells])
-        out += [f"## {dtype}, channels-{layout}", "", *markdown(titles, lines, text=2), ""]
+            found = {(row.phase, row.peer): row for row in same}
+            ratios = [_ratio(found.get(key)) for key in wanted]
+            columns.append(ratios)
+            both = [found[phase, "copy"] for phase in PHASES[:2]]
+            cells = [_spread(row) for row in both]
+            cells += [f"{both[0].plan_median:.3g}", f"{both[0].peer_median:.3g}"]
+            cells += [f"{row.share:.0%}" for row in both]
+            lines.append([case.size, f"channels-{case.layout}", *cells[: len(times)], *map(_cell, ratios)])
+        known = [[ratio for ratio in column if ratio] for column in zip(*columns, strict=True)]
+        means = (f"**{_cell(geometric_mean(column) if column else None)}**" for column in known)
+        lines.append(["**geometric mean**", "", *[""] * len(times), *means])
+        out += [f"## {sampler}, {dtype}, {variant}", ""]
+        out += [*markdown(["shape", "layout", *times, *titles], lines, text=2), ""]
     return out[:-1]
 
 
-def draw(path: Path, rows: Sequence[Row], caption: str) -> None:
-    """Write a PNG of milliseconds: the bars of ours, a copy and the peers for each case; needs matplotlib."""
+def draw(figure: Any, rows: Sequence[Row]) -> None:
+    """Draw milliseconds: for each element type, layout and variant the bars of ours, a copy and the peers."""
     both = [row for row in rows if row.phase == "both"]
-    headline = _headline(rows)
     panels = grouped(both, lambda row: (row.case.dtype, row.case.layout, row.case.variant))
     widest = max(len({row.case for row in group}) for group in panels.values())
-    one = figure(max(8, 1.1 * widest), 1 + 3.2 * len(panels))
-    plots = one.subplots(len(panels), squeeze=False)[:, 0]
+    figure.set_size_inches(max(8, 1.1 * widest), 1 + 3.2 * len(panels))
+    plots = figure.subplots(len(panels), squeeze=False)[:, 0]
     for axes, (panel, group) in zip(plots, panels.items(), strict=True):
         cases = list(dict.fromkeys(row.case for row in group))
         times: dict[str, dict[Case, float]] = {}
         for row in group:
-            ours = row.sampler + (", graph" if row.call == "graph" else "")
-            times.setdefault(ours, {})[row.case] = row.ours_median
-            if row.sampler == headline:
-                peer = "a copy of the tensor" if row.peer == "copy" else row.peer
-                times.setdefault(peer, {})[row.case] = row.peer_median
+            times.setdefault(row.sampler, {})[row.case] = row.ours_median
+            if row.sampler == _headline(rows):
+                times.setdefault(row.peer, {})[row.case] = row.peer_median
         width = 0.85 / len(times)
         for k, (name, values) in enumerate(times.items()):
             places = [cases.index(case) + (k - (len(times) - 1) / 2) * width for case in values]
@@ -136,16 +105,21 @@ def draw(path: Path, rows: Sequence[Row], caption: str) -> None:
         axes.set(yscale="log", ylabel="forward + backward, ms", title="{}, channels-{}, {}".format(*panel))
         axes.set_xticks(range(len(cases)), [case.size for case in cases], rotation=30, ha="right", fontsize=7)
         axes.legend(fontsize=7, ncols=min(4, len(times)))
-    one.suptitle(caption, fontsize=6, wrap=True)
-    one.savefig(path, dpi=110)
+
+
+def _section(row: Row) -> tuple[str, str, str]:
+    return row.sampler, row.case.dtype, row.case.variant
 
 
 def _headline(rows: Sequence[Row]) -> str:
     return HEADLINE if HEADLINE in {row.sampler for row in rows} else rows[-1].sampler
 
 
-def _peers(rows: Sequence[Row]) -> list[str]:
-    return [peer for peer in dict.fromkeys(row.peer for row in rows) if peer != "copy"]
+def _ratio(row: Row | None) -> float | None:
+    """Peer / ours, but ours / copy: a copy is the yardstick, the others are what is to be beaten."""
+    if row is None:
+        return None
+    return 1 / row.peer_over_ours if row.peer == "copy" else row.peer_over_ours
 
 
 def _cell(value: float | None) -> str:
@@ -153,4 +127,4 @@ def _cell(value: float | None) -> str:
 
 
 def _spread(row: Row) -> str:
-    return f"{row.ours_median:.2f} ({row.ours_p20:.2f} to {row.ours_p80:.2f})"
+    return f"{row.ours_median:.3g} ({row.ours_p20:.3g} to {row.ours_p80:.3g})"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from typing import Any
+from functools import partial
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -18,10 +18,11 @@ from tqdm import tqdm
 import sbncore as sbn
 from bench import report, timing
 from bench.cases import Case, Data, WrongResult, verify
-from bench.contenders import Compiled, Contender, Copy, Inference, Ours, Torch, TorchInference, installed
+from bench.contenders import Inference, Ours, TorchInference, copier
 from bench.goals import Goal
-from bench.machine import machine
-from bench.options import folder, integer
+from bench.layer import Cpu, measure
+from bench.options import integer, parser
+from bench.tables import Row
 
 TUNED = [
     (32, 64, 56, 56), (32, 256, 28, 28), (32, 1024, 14, 14), (64, 512, 7, 7), (128, 64, 32, 32),
@@ -61,34 +62,31 @@ sample read twice, what a repair writes again, the draw and the call. The machin
 (`perf stat` says: not supported)."""
 
 Ratios = dict[str, float]
-Found = dict[tuple[str, str], Ratios]  # (shape, layout) -> figures
 
 
 def main(arguments: list[str]) -> None:
-    options = _options(arguments)
-    if not installed("torch"):
+    one = parser("targets", __doc__, "two small shapes, few rounds")
+    one.add_argument("--rounds", type=integer)
+    one.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    options = one.parse_args(arguments)
+    if not report.installed("torch"):
         sys.exit("targets needs PyTorch, which is not installed")
-    timing.keep_pages()
-    where = machine()
-    print(where, file=sys.stderr)
-    found: Found = {}
+    on, rounds = Cpu(), options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
+    found: dict[Case, Ratios] = {}
     limits: list[list[str]] = []
     shapes = QUICK if options.quick else TUNED + OTHERS
     try:
         for case in tqdm([Case(shape, layout) for shape in shapes for layout in ("first", "last")]):
-            ratios, lines = measure(case, options.rounds, options.compile)
-            found[case.size, f"channels-{case.layout}"] = ratios
-            limits += lines
+            found[case], rows = measured(case, rounds, options.compile, on)
+            limits += map(_limit, rows)
     except WrongResult as wrong:
         sys.exit(f"wrong result, nothing is written: {wrong}")
     titles = ["shape", "layout", "phase", "tensor, MB", "ours, ms", "ours, GB/s", "copy, GB/s"]
-    small_call = f"A call of `sbn.forward` on {SMALL}, NumPy, FS 1/16: {small():.0f} µs (goal: 15)."
-    text = [f"{where} {report.command('targets', arguments)}.", "", READING, "", *_goals(found)]
-    text += ["", small_call, "", "## Every shape", "", *_shapes(found), ""]
-    text += ["## Where the time goes", "", PROFILE, ""]
-    text += report.markdown(titles, limits, text=3)
-    print("\n".join(["# The CPU engine's goals", "", *text]))
-    report.write(options.out, "targets-cpu", "The CPU engine's goals", text)
+    call = f"A call of `sbn.forward` on {SMALL}, NumPy, FS 1/16: {small():.0f} µs (goal: 15)."
+    lines = [report.about(on.where, "targets", arguments), "", READING, "", *_goals(found), "", call, ""]
+    lines += ["## Every shape", "", *_shapes(found), "", "## Where the time goes", "", PROFILE, ""]
+    lines += report.markdown(titles, limits, text=3)
+    report.publish(options.out, "targets-cpu", "The CPU engine's goals", lines, on.where)
 
 
 def sampler_for(shape: tuple[int, ...]) -> sbn.Sampler:
@@ -97,63 +95,52 @@ def sampler_for(shape: tuple[int, ...]) -> sbn.Sampler:
     return sbn.BatchSampling(1 / 16) if small_map and shape[0] >= 16 else sbn.FeatureSampling(1 / 16)
 
 
-def measure(case: Case, rounds: int, compiles: bool) -> tuple[Ratios, list[list[str]]]:
+def measured(case: Case, rounds: int, compiles: bool, on: Cpu) -> tuple[Ratios, list[Row]]:
     """Check and time all that the goals are about, on one shape and layout.
 
     Raises:
-        WrongResult: before anything is timed.
+        WrongResult: before anything of it is timed.
     """
-    shape, layout = case.shape, case.layout
-    relu, added = (Data(Case(shape, layout, "float32", True, residual)) for residual in (False, True))
-    plain, bf16 = (Data(Case(shape, layout, dtype)) for dtype in ("float32", "bfloat16"))
-    sampled = {"BN": plain, "BN+ReLU": relu, "BN+add+ReLU": added, "bfloat16": bf16}
-    theirs: dict[str, Contender] = {f"{name}, eager": Torch(data) for name, data in sampled.items()}
+    sampled, full = ("sampled", sampler_for(case.shape)), ("Full()", sbn.Full())
+    others = {
+        "BN+ReLU": Case(case.shape, case.layout, relu=True),
+        "BN+add+ReLU": Case(case.shape, case.layout, relu=True, residual=True),
+        "bfloat16": Case(case.shape, case.layout, "bfloat16"),
+    }
+    rows = list(measure(case, [full, sampled], rounds, ["torch", "compile"][: 1 + compiles], on))
+    plain = {(row.sampler, row.phase, row.peer): row for row in rows}
+    ratios = {f"{phase} / copy": 1 / plain["sampled", phase, "copy"].peer_over_ours for phase in LEAST}
+    ratios[f"eager / ours, channels-{case.layout}"] = plain["sampled", "both", "PyTorch"].peer_over_ours
     if compiles:
-        theirs["torch.compile"] = Compiled(plain)
-    ours = {name: Ours(data, sampler_for(shape), name) for name, data in sampled.items()}
-    ours["Full()"] = Ours(plain, sbn.Full(), "Full()")
-    inference = {"inference, eager": TorchInference(plain), "inference": Inference(plain)}
-    for one in (*ours.values(), *theirs.values(), *inference.values()):
+        ratios["torch.compile / ours"] = plain["sampled", "both", "torch.compile"].peer_over_ours
+    for name, other in others.items():
+        both = [row for row in measure(other, [sampled], rounds, ["torch"], on) if row.phase == "both"]
+        (ratios[f"{name}, eager / ours"],) = (row.peer_over_ours for row in both if row.peer == "PyTorch")
+    ratios["Full(), eager / ours"] = plain["Full()", "both", "PyTorch"].peer_over_ours
+    ratios |= _inference(on.data(case), rounds) | _threads(on.data(case), sampled[1], rounds)
+    return ratios, [plain["sampled", phase, "copy"] for phase in LEAST]
+
+
+def _inference(data: Data, rounds: int) -> Ratios:
+    ours, eager = Inference(data), TorchInference(data)
+    for one in (ours, eager):
         verify(one)
-    copy = Copy(plain)
-    contenders: dict[str, timing.Phases] = {"copy": {"copy": copy.copy}}
-    contenders |= {name: _phases(one) for name, one in theirs.items()}
-    if (threads := sbn.get_num_threads()) > 1:
-        for name, phases in (("BN", _phases(ours["BN"])), ("copy", contenders["copy"])):
-            alone = {phase: _alone(call, threads) for phase, call in phases.items()}
-            contenders[f"{name}, one thread"] = alone
-    contenders |= {name: {"forward": one.forward} for name, one in inference.items()}
-    # last, since a copy after a copy would find its tensors in the cache
-    contenders |= {name: _phases(one) for name, one in ours.items()}
-    times = timing.alternate(contenders, rounds)
-    both = {name: np.sum(list(phases.values()), axis=0) for name, phases in times.items()}
-
-    def over(a: str, b: str) -> float:
-        return timing.ratio(both[a], both[b])
-
-    ratios = {f"{phase} / copy": timing.ratio(times["BN"][phase], both["copy"]) for phase in LEAST}
-    ratios[f"eager / ours, channels-{layout}"] = over("BN, eager", "BN")
-    if compiles:
-        ratios["torch.compile / ours"] = over("torch.compile", "BN")
-    for name in ("BN+ReLU", "BN+add+ReLU", "bfloat16", "inference"):
-        ratios[f"{name}, eager / ours"] = over(f"{name}, eager", name)
-    ratios["Full(), eager / ours"] = over("BN, eager", "Full()")
-    ratios["inference / copy"] = over("inference", "copy")
-    if threads > 1:
-        ratios[THREADS] = over("BN, one thread", "BN")
-        ratios[COPYS_THREADS] = over("copy, one thread", "copy")
-    return ratios, _limits(case, times)
+    calls = {"copy": copier(data), "eager": eager.forward, "ours": ours.forward}
+    times = timing.alternate({name: {"": call} for name, call in calls.items()}, rounds)
+    ratios = {"inference, eager / ours": timing.ratio(times["eager"][""], times["ours"][""])}
+    return ratios | {"inference / copy": timing.ratio(times["ours"][""], times["copy"][""])}
 
 
-def _phases(one: Contender) -> timing.Phases:
-    return {"forward": one.forward, "backward": one.backward}
+def _threads(data: Data, sampler: sbn.Sampler, rounds: int) -> Ratios:
+    """Return how many times as long one thread takes, of ours and of PyTorch's copy."""
+    threads, pools = sbn.get_num_threads(), ThreadpoolController()
+    if threads == 1:
+        return {}
+    ours = Ours(data, sampler, "ours")
+    verify(ours)
+    calls: dict[str, timing.Call] = {THREADS: ours.both, COPYS_THREADS: copier(data)}
 
-
-def _alone(call: timing.Call, threads: int) -> timing.Call:
-    """Return the call on one thread of ours and of PyTorch's."""
-    pools = ThreadpoolController()
-
-    def run() -> None:
+    def alone(call: timing.Call) -> None:
         sbn.set_num_threads(1)
         try:
             with pools.limit(limits=1, user_api="openmp"):
@@ -161,7 +148,10 @@ def _alone(call: timing.Call, threads: int) -> timing.Call:
         finally:
             sbn.set_num_threads(threads)
 
-    return run
+    contenders = {name: {"": call} for name, call in calls.items()}
+    contenders |= {f"{name}, alone": {"": partial(alone, call)} for name, call in calls.items()}
+    times = timing.alternate(contenders, rounds)
+    return {name: timing.ratio(times[f"{name}, alone"][""], times[name][""]) for name in calls}
 
 
 def small(calls: int = 2000) -> float:
@@ -177,19 +167,15 @@ def small(calls: int = 2000) -> float:
     return 1e6 * float(np.median(times))
 
 
-def _limits(case: Case, times: dict[str, timing.Times]) -> list[list[str]]:
-    copied = float(np.nanmedian(times["copy"]["copy"]))
+def _limit(row: Row) -> list[str]:
+    case, passes = row.case, LEAST[row.phase]
+    rates = (n * case.nbytes / ms / 1e6 for n, ms in ((passes, row.ours_median), (2, row.peer_median)))
+    about = [case.size, f"channels-{case.layout}", row.phase, f"{case.nbytes / 1e6:.1f}"]
+    return [*about, f"{row.ours_median:.2f}", *(f"{rate:.1f}" for rate in rates)]
+
+
+def _goals(found: dict[Case, Ratios]) -> list[str]:
     lines = []
-    for phase, passes in LEAST.items():
-        took = float(np.nanmedian(times["BN"][phase]))
-        rates = (n * case.nbytes / seconds / 1e9 for n, seconds in ((passes, took), (2, copied)))
-        about = [case.size, f"channels-{case.layout}", phase, f"{case.nbytes / 1e6:.1f}"]
-        lines.append([*about, f"{1e3 * took:.2f}", *(f"{rate:.1f}" for rate in rates)])
-    return lines
-
-
-def _goals(found: Found) -> list[str]:
-    lines: list[list[Any]] = []
     for name, (wanted, less) in GOALS.items():
         values = [ratios[name] for ratios in found.values() if name in ratios]
         if not values:
@@ -204,21 +190,10 @@ def _goals(found: Found) -> list[str]:
     return report.markdown(["figure", "goal", "geometric mean", "worst", "reached"], lines)
 
 
-def _shapes(found: Found) -> list[str]:
+def _shapes(found: dict[Case, Ratios]) -> list[str]:
     names = list(dict.fromkeys(name for ratios in found.values() for name in ratios))
-    lines = [
-        [*case, *(f"{ratios[name]:.2f}" if name in ratios else "" for name in names)]
-        for case, ratios in found.items()
-    ]
+    lines = []
+    for case, ratios in found.items():
+        figures = (f"{ratios[name]:.2f}" if name in ratios else "" for name in names)
+        lines.append([case.size, f"channels-{case.layout}", *figures])
     return report.markdown(["shape", "layout", *names], lines, text=2)
-
-
-def _options(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench targets", description=__doc__)
-    parser.add_argument("--rounds", type=integer)
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--out", type=folder, metavar="FOLDER", help="for targets-cpu.md")
-    parser.add_argument("--quick", action="store_true", help="two small shapes, few rounds")
-    options = parser.parse_args(arguments)
-    options.rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
-    return options

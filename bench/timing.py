@@ -11,14 +11,12 @@ import gc
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
 
 import numpy as np
 
 Call = Callable[[], object]
 Phases = Mapping[str, Call]  # phase -> what to time, in this order
 Times = dict[str, np.ndarray]  # phase -> seconds in each round, NaN where it sat out
-Name = TypeVar("Name")
 
 WARM_UP = 2
 FEWEST = 7  # rounds of a slow contender
@@ -41,23 +39,31 @@ def keep_pages() -> bool:
     return bool(mallopt(mmap_threshold, 1 << 30) and mallopt(trim_threshold, (1 << 31) - 1))
 
 
-def once(call: Call) -> float:
-    """Return the seconds of a call."""
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
+def repeatedly(count: int) -> Callable[[Call], float]:
+    """Return a clock of a call's mean seconds over many."""
+
+    def mean(call: Call) -> float:
+        begin = time.perf_counter()
+        for _ in range(count):
+            call()
+        return (time.perf_counter() - begin) / count
+
+    return mean
+
+
+once = repeatedly(1)
 
 
 def alternate(
-    contenders: Mapping[Name, Phases],
+    contenders: Mapping[str, Phases],
     rounds: int,
     clock: Callable[[Call], float] = once,
     pause: float | None = None,
-) -> dict[Name, Times]:
+) -> dict[str, Times]:
     """Time all contenders in ``rounds`` rounds; those that are slow take part in some, 7 at least."""
     pause = PAUSE if pause is None else pause
     part = {name: _rounds_of(phases, rounds) for name, phases in contenders.items()}
-    times: dict[Name, Times] = {
+    times: dict[str, Times] = {
         name: {phase: np.full(rounds, np.nan) for phase in phases} for name, phases in contenders.items()
     }
     names = list(contenders)

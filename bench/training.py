@@ -17,7 +17,7 @@ import sbncore as sbn
 from bench import report
 from bench.cases import WrongResult
 from bench.machine import Machine, machine, set_threads
-from bench.options import BadData, expect, folder, integer
+from bench.options import BadData, expect, integer, parser
 
 if TYPE_CHECKING:
     from bench.suites import Suite
@@ -33,12 +33,8 @@ def main(arguments: list[str]) -> None:
     if torch is None:
         sys.exit("training needs PyTorch, which is not installed: pip install torch")
     options = _options(arguments)
-    command = report.command("training", arguments)
     try:
-        if options.speed:
-            _speed(options, command)
-        else:
-            _sweep(options, command)
+        (_speed if options.speed else _sweep)(options, arguments)
     except BadData as bad:
         sys.exit(str(bad))
     except WrongResult as wrong:
@@ -54,7 +50,7 @@ def _machine(options: argparse.Namespace, threads: int) -> Machine:
     return machine(torch.cuda.get_device_name() if gpu else "")
 
 
-def _speed(options: argparse.Namespace, command: str) -> None:
+def _speed(options: argparse.Namespace, arguments: list[str]) -> None:
     from bench import speed
     from bench.trainee import Settings
 
@@ -62,10 +58,10 @@ def _speed(options: argparse.Namespace, command: str) -> None:
     settings = Settings(
         batch=(options.batches or [64])[0], device=options.device, channels_last=options.channels_last
     )
-    speed.run(settings, options.rounds or (10 if options.quick else 40), where, command, options.out)
+    speed.run(settings, options.rounds or (10 if options.quick else 40), where, arguments, options.out)
 
 
-def _sweep(options: argparse.Namespace, command: str) -> None:
+def _sweep(options: argparse.Namespace, arguments: list[str]) -> None:
     from bench import curves
     from bench.networks import build
     from bench.sweep import DEFAULT, dataset, sweep
@@ -94,11 +90,11 @@ def _sweep(options: argparse.Namespace, command: str) -> None:
     )  # fmt: skip
     size = "×".join(map(str, data.x.shape[2:]))
     about = f"{suite.about}: {data.name}, {images:,} images of {size}, {suite.epochs} epochs"
-    lines = curves.report(runs, f"{where} {about}, {jobs} trainings at a time. {command}.")
-    print("\n".join(lines))
-    report.write(out, stem, suite.about, lines)
-    if out is not None:
-        curves.draw(out / f"{stem}.png", runs, about)
+    said = report.about(where, "training", arguments, f"{about}, {jobs} trainings at a time.")
+    report.publish(
+        out, stem, suite.about, curves.report(runs, said), where,
+        draw=lambda figure: curves.draw(figure, runs, about),
+    )  # fmt: skip
 
 
 def _suite(options: argparse.Namespace) -> Suite:
@@ -153,11 +149,8 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     from bench.normalizations import __doc__ as names
     from bench.suites import SUITES
 
-    parser = argparse.ArgumentParser(
-        prog="python -m bench training", description=__doc__, epilog=names,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    add = parser.add_argument
+    one = parser("training", __doc__, "a few minutes: the suite quick")
+    one.epilog, add = names, one.add_argument
     add("--suite", choices=SUITES, default="accuracy", help="default: accuracy")
     swept = [
         add("--norms", type=_words, help="names as below, separated by commas"),
@@ -173,18 +166,16 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     add("--batches", type=_numbers, help="batch sizes")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--threads", type=integer, help="of each; default: 1, or with --speed all cores")
-    add("--out", type=folder, metavar="FOLDER", help="for the results")
-    add("--quick", action="store_true", help="a few minutes: the suite quick")
     add("--speed", action="store_true",
         help="only the time of a step, of random images, and normalization's share of it")  # fmt: skip
     add("--channels-last", action="store_true", help="with --speed")
     add("--rounds", type=integer, help="steps of each, with --speed; default: 40")
-    options = parser.parse_args(arguments)
+    options = one.parse_args(arguments)
     if not options.speed and (options.rounds or options.channels_last):
-        parser.error("--rounds and --channels-last need --speed")
+        one.error("--rounds and --channels-last need --speed")
     for each in swept:
         if options.speed and getattr(options, each.dest) is not None:
-            parser.error(f"--{each.dest} is not for --speed, which trains on random images")
+            one.error(f"--{each.dest} is not for --speed, which trains on random images")
     return options
 
 

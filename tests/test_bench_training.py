@@ -76,10 +76,8 @@ def test_a_network_is_normalized_by_it(name):
 
 
 def test_batch_renormalization_begins_as_batch_normalization_and_ends_near_its_evaluation():
-    from bench.renorm import BatchRenorm
-
     like = torch.nn.BatchNorm2d(3)
-    layer, x = BatchRenorm(torch.nn.BatchNorm2d(3), rise=4), torch.randn(6, 3, 5, 5) * 2 + 1
+    layer, x = normalizations.BatchRenorm(torch.nn.BatchNorm2d(3), rise=4), torch.randn(6, 3, 5, 5) * 2 + 1
     torch.testing.assert_close(layer(x), like(x), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(layer.running_var, like.running_var)
     for _ in range(200):
