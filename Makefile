@@ -1,5 +1,5 @@
 # make demo | test | bench | lint | wheel | clean   (make test TORCH=: without PyTorch)
-# make gpu, on a machine with a GPU: its tests and its benchmark, by a Python that has CuPy, PyTorch and pytest
+# make gpu, on a machine with a GPU: its tests and its benchmark, by a Python that has what docs/gpu.md lists
 # Everything runs in .venv, made on first use: PYTHON picks the interpreter, ARGS goes to the command.
 
 PYTHON ?= python3

@@ -26,14 +26,12 @@ COLUMNS = 4  # of plots
 def report(runs: Sequence[Run], about: str) -> list[str]:
     """Return the tables: one for each network, gradient and batch size, and one over batch sizes."""
     lines = [about, "", READING]
-    groups = grouped(runs, _setting)
     if len({run.spec.batch for run in runs}) > 1:
         for (network, rate), group in grouped(runs, lambda run: (run.spec.network, _rate(run))).items():
             title = f"{network}, rate {rate:g} for {REFERENCE_BATCH} images: accuracy by batch size"
             lines += ["", f"## {title}", "", *_by_batch(group)]
-    for (network, _, batch, rate), group in groups.items():
-        same = (run for each, other in groups.items() if (each[0], *each[2:]) == (network, batch, rate)
-                for run in other)  # whatever its gradient
+    for setting, group in grouped(runs, _setting).items():
+        same = (run for run in runs if _setting(run)[:3] == setting[:3])  # whatever its gradient
         reference = [run for run in same if run.spec.norm == REFERENCE]
         lines += ["", f"## {_title(group[0])}", "", *_table(group, reference)]
     return lines
@@ -87,8 +85,8 @@ def _steps_to(group: Sequence[Run], level: float) -> str:
     return f"{median:.0f}" if np.isfinite(median) else "never"
 
 
-def _setting(run: Run) -> tuple[str, str, int, float]:
-    return run.spec.network, run.spec.gradient, run.spec.batch, _rate(run)
+def _setting(run: Run) -> tuple[str, int, float, str]:
+    return run.spec.network, run.spec.batch, _rate(run), run.spec.gradient
 
 
 def _title(run: Run) -> str:

@@ -26,7 +26,7 @@ def markdown(titles: Sequence[str], lines: Iterable[Sequence[Any]], text: int = 
     """Return a Markdown table; the first ``text`` columns are words, the others numbers."""
     sides = ["left"] * text + ["right"] * (len(titles) - text)
     cells = [[str(cell) for cell in line] for line in lines]
-    return tabulate(cells, titles, "github", disable_numparse=True, colalign=sides).splitlines()
+    return tabulate(cells, titles, "pipe", disable_numparse=True, colalign=sides).splitlines()
 
 
 def about(where: Machine, name: str, arguments: Sequence[str], *more: str) -> str:

@@ -16,7 +16,10 @@ from tqdm import tqdm
 
 from bench.data import Data, load
 from bench.machine import set_threads
+from bench.networks import build
+from bench.normalizations import normalized
 from bench.options import BadData
+from bench.trainee import Settings, Trainee, accuracy, share
 
 DEFAULT = "Fashion-MNIST"  # where Debian puts it
 POINTS = 40  # of a curve of losses
@@ -119,7 +122,7 @@ def _train_all(
     specs: Sequence[Spec], jobs: int, threads: int, device: str, where: str
 ) -> Iterator[Run]:
     if jobs == 1:
-        _start(threads)
+        set_threads(threads)
         yield from (train(spec, device, where) for spec in specs)
         return
     # spawned: a forked child of a process with OpenMP threads may hang
@@ -133,8 +136,7 @@ def _train_all(
 
 
 def _start(threads: int) -> None:
-    import torch  # noqa: F401  (its threads can be set once it is loaded)
-
+    """Set a process's threads; it finds this function in this file, and so has loaded PyTorch."""
     set_threads(threads)
 
 
@@ -146,10 +148,6 @@ def dataset(name: str) -> Data:
 
 def train(spec: Spec, device: str, where: str) -> Run:
     """Train once."""
-    from bench.networks import build
-    from bench.normalizations import normalized
-    from bench.trainee import Settings, Trainee, accuracy, share
-
     data = dataset(spec.data).subset(spec.images)
     settings = Settings(batch=spec.batch, rate=spec.rate, seed=spec.seed, device=device)
     x, labels = settings.tensors(data.x, data.labels)

@@ -11,7 +11,6 @@ import argparse
 import math
 import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import sbncore as sbn
 from bench import report
@@ -19,12 +18,14 @@ from bench.cases import WrongResult
 from bench.machine import Machine, machine, set_threads
 from bench.options import BadData, expect, integer, parser
 
-if TYPE_CHECKING:
-    from bench.suites import Suite
-    from bench.sweep import Spec
-
 try:
     import torch
+
+    from bench import curves, normalizations, speed
+    from bench.networks import NETWORKS, build
+    from bench.suites import REFERENCE_BATCH, SUITES, Suite
+    from bench.sweep import DEFAULT, Spec, dataset, sweep
+    from bench.trainee import Settings, check
 except ImportError:  # main says so
     torch = None
 
@@ -51,9 +52,6 @@ def _machine(options: argparse.Namespace, threads: int) -> Machine:
 
 
 def _speed(options: argparse.Namespace, arguments: list[str]) -> None:
-    from bench import speed
-    from bench.trainee import Settings
-
     where = _machine(options, options.threads or sbn.get_num_threads())
     settings = Settings(
         batch=(options.batches or [64])[0], device=options.device, channels_last=options.channels_last
@@ -62,11 +60,6 @@ def _speed(options: argparse.Namespace, arguments: list[str]) -> None:
 
 
 def _sweep(options: argparse.Namespace, arguments: list[str]) -> None:
-    from bench import curves
-    from bench.networks import build
-    from bench.sweep import DEFAULT, dataset, sweep
-    from bench.trainee import Settings, check
-
     suite, out = _suite(options), options.out
     data = dataset(options.data or DEFAULT)
     images = min(suite.images, len(data.x)) if options.images is None else suite.images
@@ -99,19 +92,15 @@ def _sweep(options: argparse.Namespace, arguments: list[str]) -> None:
 
 def _suite(options: argparse.Namespace) -> Suite:
     """Return the suite as the options change it; exit where they name what there is not."""
-    from bench.networks import NETWORKS
-    from bench.normalizations import ALTERNATIVES, sampler
-    from bench.suites import SUITES
-
     suite = SUITES["quick" if options.quick else options.suite]
     asked = ("norms", "networks", "gradients", "batches", "seeds", "images", "epochs", "rates")
     suite = replace(suite, **{k: getattr(options, k) for k in asked if getattr(options, k) is not None})
     _choices("--networks", suite.networks, tuple(NETWORKS))
     _choices("--gradients", suite.gradients, ("exact", "sampled", "detached"))
     for norm in suite.norms:
-        if norm not in ALTERNATIVES:
+        if norm not in normalizations.ALTERNATIVES:
             try:
-                sampler(norm, max(suite.batches))
+                normalizations.sampler(norm, max(suite.batches))
             except ValueError as wrong:
                 sys.exit(f"--norms: {wrong}")
     return suite
@@ -119,9 +108,6 @@ def _suite(options: argparse.Namespace) -> Suite:
 
 def _specs(suite: Suite, data: str, images: int) -> list[Spec]:
     """Return the suite's trainings, all of one seed before the next."""
-    from bench.suites import REFERENCE_BATCH
-    from bench.sweep import Spec
-
     return [
         Spec(
             network, data, images, suite.epochs, batch, rate * batch / REFERENCE_BATCH, norm, gradient, seed,
@@ -134,9 +120,7 @@ def _specs(suite: Suite, data: str, images: int) -> list[Spec]:
 
 def _has_gradients(norm: str) -> bool:
     """Whether a choice of gradients matters: not without a sample, and virtual samples refuse "sampled"."""
-    from bench.normalizations import ALTERNATIVES
-
-    return norm not in (*ALTERNATIVES, "full") and "vdn" not in norm
+    return norm not in (*normalizations.ALTERNATIVES, "full") and "vdn" not in norm
 
 
 def _choices(option: str, got: tuple[str, ...], known: tuple[str, ...]) -> None:
@@ -146,11 +130,8 @@ def _choices(option: str, got: tuple[str, ...], known: tuple[str, ...]) -> None:
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
-    from bench.normalizations import __doc__ as names
-    from bench.suites import SUITES
-
     one = parser("training", __doc__, "a few minutes: the suite quick")
-    one.epilog, add = names, one.add_argument
+    one.epilog, add = normalizations.__doc__, one.add_argument
     add("--suite", choices=SUITES, default="accuracy", help="default: accuracy")
     swept = [
         add("--norms", type=_words, help="names as below, separated by commas"),
