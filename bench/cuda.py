@@ -1,9 +1,9 @@
-"""The GPU as a place to time a layer: rotating buffers, CUDA graphs, events for a clock, the host's costs.
+"""On a GPU the time of a call is that between two CUDA events over several calls.
 
-Tensors are PyTorch's; ours sees them through DLPack. The time of a call is that between two CUDA events over
-several calls, which rotate through buffers, x and y of which hold more than twice the L2 cache. "graph" is
-ours captured in a CUDA graph: what the kernels take where the host is no part of it. The copy is the faster
-of the two, called or captured.
+The calls rotate through buffers, x and y of which hold more than twice the L2 cache. "graph" is ours
+captured in a CUDA graph, what the kernels take where the host is no part of it; all else is called from
+Python. The copy is the faster of the two, called or captured. Tensors are PyTorch's; ours sees them through
+DLPack.
 """
 
 from __future__ import annotations
@@ -26,16 +26,12 @@ SAMPLER = sbn.FeatureSampling(1 / 16)
 MOST_BUFFERS = 128
 PATIENCE = 4e-3  # seconds of one contender in a round
 HOST_CALLS = 200  # in a round of the host's costs
-READING = """\
-Times are the device's, by CUDA events; buffers rotate, so that none is still in the L2 cache. graph: ours in
-a CUDA graph; all else is called from Python. Share: of the bandwidth that a copy of the same tensor reached,
-for the bytes that must move."""
 
 
 class Gpu:
     """Times on a GPU; works on the CPU's arrays too where its clock and graphs are replaced, as tests do."""
 
-    device, reading = "cuda", READING
+    device, reading = "cuda", str(__doc__)
 
     def __init__(self, l2: int, where: Machine, free: Callable[[], None]) -> None:
         self.l2, self.where, self.free = l2, where, free

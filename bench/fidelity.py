@@ -3,6 +3,10 @@
 A network is trained a little with full batch normalization. Then a batch of images, with samples of white
 noise behind it for the virtual ones, goes through it by the running statistics, and `sbncore.fidelity`
 judges every sampler on what goes into each normalization layer.
+
+Errors are root mean squares over draws and channels, in standard deviations of the whole batch: of the
+mean, and of the standard deviation. Independent: how many independent values would have a mean as near;
+drawn: how many values there were. Virtual samples are held against the real ones.
 """
 
 from __future__ import annotations
@@ -25,11 +29,6 @@ FAMILIES = "fs", "fs-runs", "fs-grid", "fs-common", "bs", "bs-random", "ns", "vd
 RATIOS = 4, 8, 16, 32, 64
 BATCH, STEPS, DRAWS = 128, 150, 64
 RATE = 0.2
-
-READING = """\
-Errors are root mean squares over draws and channels, in standard deviations of the whole batch: of the mean,
-and of the standard deviation. Independent: how many independent values would have a mean as near; drawn: how
-many values there were. Virtual samples are held against the real ones."""
 
 Found = dict[tuple[str, str], sbn.Fidelity]  # (layer, sampler) -> what was found
 
@@ -130,7 +129,7 @@ def main(arguments: list[str]) -> None:
     layers = activations(options.network, data, virtual, options.seed, steps)
     found = judge(layers, virtual, draws)
     about = f"{data.name}, the network {options.network} after {steps} steps of {BATCH}, {draws} draws"
-    lines = [report.about(where, "fidelity", arguments, f"{about}."), "", READING, ""]
+    lines = [report.about(where, "fidelity", arguments, f"{about}."), "", str(__doc__)]
     names = ("mean_error", "std_error", "count", "effective", "correlation")
     rows = [
         {"layer": layer, "sampler": name, **{each: float(getattr(figures, each)) for each in names}}

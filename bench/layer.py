@@ -1,12 +1,17 @@
-"""One BN layer: every implementation is checked against the reference, and only then timed.
+"""One BN layer: every implementation is checked against the float64 reference, and only then timed.
 
-On the CPU a round runs, for each contender in turn, a forward and the backward after it. Ours draws its plan
-in every forward and writes into buffers used before; malloc keeps freed pages, so that PyTorch's outputs are
-warm memory too. The copy has as many threads as ours. On a GPU, bench.cuda says how time is taken.
+Ours / copy: how many times as long as copying the tensor once takes (N bytes read, N written). The least
+traffic is 2N for the forward and 3N for the exact backward: 1 and 1.5 copies. Peer / ours: how many times
+as fast ours is, forward and backward together where nothing else is said; the peers compute full batch
+normalization. A ratio is the median over the rounds of the ratio within a round, a time the median (20th to
+80th percentile). Share: of the bandwidth that a copy of the same tensor reached, for the bytes that must
+move.
 
-PyTorch's OpenMP threads spin at barriers: on a quiet machine that serves it (by a quarter), on a busy one it
-can cost ten times the kernel, steadily. Publish from a quiet machine, and compare with
-OMP_WAIT_POLICY=passive.
+On the CPU a round runs, for each contender in turn, a forward and the backward after it; NumPy runs on one
+thread, the copy on as many as ours. Ours draws its plan in every forward and writes into buffers used
+before; malloc keeps freed pages, so that the peers' memory is warm too. PyTorch's OpenMP threads spin at
+barriers: on a quiet machine that serves it (by a quarter), on a busy one it can cost ten times the kernel,
+steadily. Publish from a quiet machine, and compare with OMP_WAIT_POLICY=passive.
 """
 
 from __future__ import annotations
@@ -37,30 +42,18 @@ FOREMOST = {
 COMPILED = {(256, 64, 56, 56), (256, 512, 7, 7), (32, 256, 14, 14)}  # torch.compile takes seconds for each
 FEWEST, SOME, MOST = 3, 5, 9  # rounds on a GPU
 HOPELESS = 5  # failures in a row: the device's context may be lost
-READING = """\
-Ours / copy: how many times as long as copying the tensor once takes (N bytes read, N written). The least
-traffic is 2N for the forward and 3N for the exact backward: 1 and 1.5 copies. Peer / ours: how many times as
-fast ours is, forward and backward together where nothing else is said; the peers compute full batch
-normalization. A ratio is the median over the rounds of the ratio within a round, a time the median (20th to
-80th percentile). All agreed with the float64 reference first.
-"""
-CPU_READING = """\
-NumPy runs on one thread. Ours draws a new plan in every forward and writes into buffers used before; malloc
-keeps freed pages, so the peers' memory is warm too. Share: of the copy's bandwidth, for the bytes that must
-move."""
-
 Samplers = Sequence[tuple[str, sbn.Sampler]]
 
 
 class Cpu:
     """Times on the CPU: a forward and its backward in turn, a clock around each call."""
 
-    reading = CPU_READING
+    reading = ""
 
     def __init__(self) -> None:
         self.where = machine()
         if not timing.keep_pages():
-            self.reading += " Here malloc could not be told to: PyTorch's times contain fresh pages."
+            self.reading = "Here malloc could not be told to keep pages: PyTorch's times contain fresh ones."
 
     def data(self, case: Case) -> Data:
         return Data(case)
@@ -226,7 +219,7 @@ def write(
             after = ["", "## Not measured", "", *(f"- {complaint}" for complaint in complaints)]
         after += ["", "## Goals", "", *(f"- {goal}" for goal in gpu_goals(rows, host))]
         after += ["", f"Host, microseconds a call: {costs}."]
-    head = [about, "", READING + on.reading, ""]
+    head = [about, "", str(__doc__), *([on.reading, ""] if on.reading else [])]
     report.write(options.out, f"{stem}-long", title, [*head, *tables.table(rows, long=True)])
     report.publish(
         options.out, stem, title, [*head, *tables.table(rows), *after], on.where,

@@ -1,18 +1,21 @@
 """The time of a training step, and the share of it that normalization takes, before and after conversion.
 
-Images and labels are random: nothing is learned, every step costs the same. The share is the profiler's:
-the time within batch normalization, the ReLU and the addition behind it, forward and backward, over that of
-the steps; it is taken in steps of its own, since a profiler costs time.
+Images and labels are random: nothing is learned, every step costs the same. A step is forward, loss,
+backward and update: the median over alternating rounds (20th to 80th percentile). Gain is the share of
+PyTorch's step that is saved, the median of the rounds'; the paper reports 23.2 %. The share is the
+profiler's, in steps of its own: that of normalization, with the ReLU and the addition behind it, in the
+step. Kept is what autograd holds for backward; a ReLU's output, which fusion spares, the next convolution
+keeps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 import sbncore as sbn
 from bench import memory, report, timing
@@ -28,11 +31,6 @@ SAMPLERS: dict[str, sbn.Sampler] = {
     "Full(), fused": sbn.Full(),
 }
 PROFILED = 8  # steps
-READING = """\
-A step is forward, loss, backward and update: the median over alternating rounds (20th to 80th percentile).
-Gain is the share of PyTorch's step that is saved, the median of the rounds'; the paper reports 23.2 %. The
-share is that of normalization, with the ReLU and the addition behind it, in the step. Kept is what autograd
-holds for backward; a ReLU's output, which fusion spares, the next convolution keeps."""
 
 
 class Cost(NamedTuple):
@@ -54,18 +52,12 @@ def measure(settings: Settings, rounds: int) -> dict[str, Cost]:
     networks: dict[str, Any] = {FULL_BN: network}
     networks |= {name: converted(network, one, settings.seed) for name, one in SAMPLERS.items()}
     trainees = {name: Trainee(one.train(), settings, rounds + 100) for name, one in networks.items()}
-    kept = {}
-    for name, trainee in trainees.items():
-        kept[name] = memory.kept(trainee.network, x)
-        for _ in range(3):
-            trainee.step(x, labels)
-    seconds, names = {name: np.empty(rounds) for name in trainees}, list(trainees)
-    for r in tqdm(range(rounds), desc="steps"):
-        shift = r % len(names)
-        for name in names[shift:] + names[:shift]:
-            seconds[name][r] = trainees[name].step(x, labels)[1]
+    steps = {name: {"step": partial(trainee.step, x, labels)} for name, trainee in trainees.items()}
+    kept = {name: memory.kept(trainee.network, x) for name, trainee in trainees.items()}
+    times = timing.alternate(steps, rounds)
     return {
-        name: Cost(seconds[name], share(trainees[name], x, labels, PROFILED), kept[name]) for name in names
+        name: Cost(times[name]["step"], share(trainee, x, labels, PROFILED), kept[name])
+        for name, trainee in trainees.items()
     }
 
 
@@ -87,7 +79,7 @@ def run(settings: Settings, rounds: int, where: Machine, arguments: Sequence[str
     size = "×".join(map(str, IMAGE))
     about = f"A small ResNet, batches of {settings.batch} of {size}, {settings.device}"
     about += ", channels-last." if settings.channels_last else "."
-    lines = [report.about(where, "training", arguments, about), "", READING, "", *table(found)]
+    lines = [report.about(where, "training", arguments, about), "", str(__doc__), *table(found)]
     names = ("step_median", "step_p20", "step_p80")
     rows = [
         {"normalization": name, **dict(zip(names, timing.summary(cost.seconds), strict=True)),

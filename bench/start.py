@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> None:
     with TemporaryDirectory() as place, tqdm(total=steps) as bar:
         fresh = Fresh(Path(place), bar)
         tables = [*imports(fresh, runs), "", *first_calls(fresh, chosen, runs)]
-    lines = [report.about(where, "start", arguments), "", str(__doc__).strip(), "", *tables]
+    lines = [report.about(where, "start", arguments), "", str(__doc__), *tables]
     report.publish(options.out, "start-cpu", "Starting on the CPU", lines, where)
 
 

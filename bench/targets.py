@@ -2,6 +2,12 @@
 
 Sampled is 1/16 of the data: places of every map (FS) where maps are of 256 positions or more, whole samples
 (BS) where they are smaller, since a few positions of a small map are scattered over all cache lines.
+
+Every figure is the median over alternating rounds of the ratio within a round, forward and backward together
+where nothing else is said; the geometric mean is over all shapes and both layouts, and the worst is of one.
+Outputs are reused; all results agreed with the float64 reference before anything was timed. A copy is
+PyTorch's `out.copy_(x)` of the same bytes, on as many threads. Inference over a copy, one pass that reads and
+writes what a forward does at least, is what bounds the goal of that.
 """
 
 from __future__ import annotations
@@ -48,12 +54,6 @@ GOALS = {  # name: (goal, whether less is better)
     "inference, eager / ours": (1.0, False),
     THREADS: (0.0, False),  # what a copy gains
 }
-READING = """\
-Every figure is the median over alternating rounds of the ratio within a round, forward and backward together
-where nothing else is said; the geometric mean is over all shapes and both layouts, and the worst is of one.
-Outputs are reused; all results agreed with the float64 reference before anything was timed. A copy is
-PyTorch's `out.copy_(x)` of the same bytes, on as many threads. Inference over a copy, one pass that reads and
-writes what a forward does at least, is what bounds the goal of that."""
 PROFILE = """\
 GB/s is the least traffic, two passes over the tensor for the forward and three for the backward, over the
 time; of the copy its two passes. Where ours is near the copy's, the memory bounds it: the copy itself reads
@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"wrong result, nothing is written: {wrong}")
     titles = ["shape", "layout", "phase", "tensor, MB", "ours, ms", "ours, GB/s", "copy, GB/s"]
     call = f"A call of `sbn.forward` on {SMALL}, NumPy, FS 1/16: {small():.0f} µs (goal: 15)."
-    lines = [report.about(on.where, "targets", arguments), "", READING, "", *_goals(found), "", call, ""]
+    lines = [report.about(on.where, "targets", arguments), "", str(__doc__), *_goals(found), "", call, ""]
     lines += ["## Every shape", "", *_shapes(found), "", "## Where the time goes", "", PROFILE, ""]
     lines += report.markdown(titles, limits, text=3)
     report.publish(options.out, "targets-cpu", "The CPU engine's goals", lines, on.where)
