@@ -92,14 +92,14 @@ class Buffers(NamedTuple):
 
 
 class Data:
-    """The arrays of a case in its memory layout: NumPy's on the CPU, PyTorch's tensors on a GPU.
+    """The arrays of a case in its memory layout: NumPy's, or PyTorch's tensors on a device.
 
     Several ``sets`` of buffers, used in rotation, keep a tensor from being still in the cache.
     """
 
-    def __init__(self, case: Case, device: str = "cpu", sets: int = 1, seed: int = 0) -> None:
-        self.case, self.device = case, device
-        unset, normal = (_numpy if device == "cpu" else _torch)(case, seed)
+    def __init__(self, case: Case, device: str | None = None, sets: int = 1) -> None:
+        self.case = case
+        unset, normal = _torch(case, device) if device else _numpy(case)
         self.sets = [
             Buffers(normal(unset(), 1, 2), normal(unset(), 0, 1), unset(), unset(),
                     normal(unset(), 0, 1) if case.residual else None)
@@ -127,11 +127,11 @@ class Data:
 Makers = tuple[Callable[..., Any], Callable[[Any, float, float], Any]]  # an array, and normal values in it
 
 
-def _numpy(case: Case, seed: int) -> Makers:
+def _numpy(case: Case) -> Makers:
     """All arrays begin at a cache line, as PyTorch's own do."""
     if case.dtype == "bfloat16":
         import ml_dtypes  # noqa: F401  (NumPy learns the name)
-    rng, kind = np.random.default_rng(seed), np.dtype(case.dtype)
+    rng, kind = np.random.default_rng(0), np.dtype(case.dtype)
     wide: Any = np.float64 if case.dtype == "float64" else np.float32
     N, C, *spatial = case.shape
 
@@ -152,17 +152,17 @@ def _numpy(case: Case, seed: int) -> Makers:
     return unset, normal
 
 
-def _torch(case: Case, seed: int) -> Makers:
+def _torch(case: Case, device: str) -> Makers:
     import torch
 
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     layout = torch.contiguous_format if case.layout == "first" else torch.channels_last
     kind = getattr(torch, case.dtype)
 
     def unset(parameter: bool = False) -> Any:
         if parameter:
-            return torch.empty(case.C, device="cuda")
-        return torch.empty(case.shape, device="cuda", dtype=kind, memory_format=layout)
+            return torch.empty(case.C, device=device)
+        return torch.empty(case.shape, device=device, dtype=kind, memory_format=layout)
 
     return unset, lambda tensor, mean, deviation: tensor.normal_(mean, deviation)
 

@@ -116,40 +116,29 @@ class Ours(Contender):
 
 
 class Inference(Contender):
-    """Ours by given statistics: the batch's own, so that the reference can check y."""
+    """Normalization by given statistics: the batch's own, so that the reference can check y."""
 
-    name, ours = "sbn.batch_norm, inference", True
-
-    def __init__(self, data: Data) -> None:
+    def __init__(self, data: Data, eager: bool = False) -> None:
         super().__init__(data)
+        self.name, self.ours = "PyTorch's inference" if eager else "sbn.batch_norm, inference", not eager
         axes, x = (0, *range(2, len(data.case.shape))), data.sets[0].x
         exact = (moment(axes, dtype=np.float64) for moment in (x.mean, x.var))
-        statistics = [each.astype(data.weight.dtype) for each in exact]
-        self.inputs = [x, *statistics, data.weight, data.bias]
+        self.inputs = [x, *(each.astype(data.weight.dtype) for each in exact), data.weight, data.bias]
+        if eager:
+            self.inputs = [tensor(array) for array in self.inputs]
 
     def run(self, k: int) -> tuple[Any, Any]:
         x, mean, var, weight, bias = self.inputs
-        y = self.data.sets[k].y
-        return sbn.batch_norm(x, mean, var, weight, bias, training=False, eps=EPS, out=y)[0], None
-
-    def differentiate(self, k: int) -> Sequence[Any]:
-        return ()
-
-
-class TorchInference(Inference):
-    """The same by PyTorch, into new memory."""
-
-    name, needs, ours = "PyTorch's inference", "torch", False
-
-    def __init__(self, data: Data) -> None:
-        super().__init__(data)
-        self.inputs = [tensor(array) for array in self.inputs]
-
-    def run(self, k: int) -> tuple[Any, Any]:
+        if self.ours:
+            y = self.data.sets[k].y
+            return sbn.batch_norm(x, mean, var, weight, bias, training=False, eps=EPS, out=y)
         import torch
 
         with torch.inference_mode():
-            return torch.nn.functional.batch_norm(*self.inputs, training=False, eps=EPS), None
+            return torch.nn.functional.batch_norm(x, mean, var, weight, bias, eps=EPS), None
+
+    def differentiate(self, k: int) -> Sequence[Any]:
+        return ()
 
 
 def copier(data: Data) -> Callable[[], object]:
@@ -316,7 +305,7 @@ PEERS: dict[str, type[Contender]] = {"numpy": NumPy, "torch": Torch, "compile": 
 
 def _view(array: Any) -> Any:
     """Return an array as ours takes it: CuPy's view of a tensor on a GPU, but of bfloat16, which it lacks."""
-    if array is None or isinstance(array, np.ndarray) or "bfloat16" in str(array.dtype):
+    if not getattr(array, "is_cuda", False) or "bfloat16" in str(array.dtype):
         return array
     import cupy
 

@@ -29,7 +29,7 @@ HOST_CALLS = 200  # in a round of the host's costs
 
 
 class Gpu:
-    """Times on a GPU; works on the CPU's arrays too where its clock and graphs are replaced, as tests do."""
+    """Times on a GPU; on the CPU's tensors too where its clock and graphs are replaced, as tests do."""
 
     device, reading = "cuda", str(__doc__)
 
@@ -41,6 +41,7 @@ class Gpu:
         return max(1, min(MOST_BUFFERS, -(-2 * self.l2 // (2 * case.nbytes))))
 
     def data(self, case: Case) -> Data:
+        self.free()  # what the last case left in the pools
         return Data(case, self.device, self.buffers(case))
 
     def times(self, data: Data, ours: Sequence[Ours], others: Sequence[Contender], rounds: int) -> Any:

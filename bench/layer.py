@@ -58,9 +58,6 @@ class Cpu:
     def data(self, case: Case) -> Data:
         return Data(case)
 
-    def free(self) -> None:
-        pass
-
     def times(self, data: Data, ours: Sequence[Ours], others: Sequence[Contender], rounds: int) -> Any:
         """Return the seconds of each contender's phases in each round."""
         contenders: dict[str, timing.Phases] = {"copy": {"copy": copier(data)}}
@@ -136,15 +133,13 @@ def sweep(
         against = [*options.against, "compile"] if compiles else options.against
         rounds = options.rounds or rounds_for(case, done, len(cases), elapsed, options.budget)
         try:
-            rows += measure(case, options.samplers, rounds, against, on, complaints if gpu else None)
+            rows += list(measure(case, options.samplers, rounds, against, on, complaints if gpu else None))
             failed = 0
         except Exception as complaint:
             if not gpu:
                 raise
             complaints.append(_told(case, complaint))
             failed += not isinstance(complaint, WrongResult)
-        finally:
-            on.free()
     return rows
 
 

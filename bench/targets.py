@@ -24,7 +24,7 @@ from tqdm import tqdm
 import sbncore as sbn
 from bench import report, timing
 from bench.cases import Case, Data, WrongResult, verify
-from bench.contenders import Inference, Ours, TorchInference, copier
+from bench.contenders import Inference, Ours, copier
 from bench.goals import Goal
 from bench.layer import Cpu, measure
 from bench.options import integer, parser
@@ -122,7 +122,7 @@ def measured(case: Case, rounds: int, compiles: bool, on: Cpu) -> tuple[Ratios, 
 
 
 def _inference(data: Data, rounds: int) -> Ratios:
-    ours, eager = Inference(data), TorchInference(data)
+    ours, eager = Inference(data), Inference(data, eager=True)
     for one in (ours, eager):
         verify(one)
     calls = {"copy": copier(data), "eager": eager.forward, "ours": ours.forward}

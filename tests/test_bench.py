@@ -201,7 +201,7 @@ def gpu_cases(*arguments):
 
 
 def gpu_of(l2, monkeypatch):
-    """A GPU's clockwork on the CPU's arrays."""
+    """A GPU's clockwork on the CPU's tensors."""
     monkeypatch.setattr(cuda.Gpu, "device", "cpu")
     return cuda.Gpu(l2, WHERE, lambda: None)
 
@@ -276,7 +276,7 @@ def test_the_time_left_decides_on_the_rounds():
 
 @pytest.fixture
 def on_the_cpu(monkeypatch):
-    """The CPU's arrays, a clock in place of events, calls in place of graphs."""
+    """The CPU's tensors, a clock in place of events, calls in place of graphs."""
     pytest.importorskip("torch")
 
     def timed(call, repeats):
@@ -299,7 +299,7 @@ def gpu_measure(case, rounds, gpu, complaints, against=("torch",)):
 
 @pytest.mark.parametrize("layout", ["first", "last"])
 @pytest.mark.parametrize("dtype", layer_options.GPU_DTYPES)
-def test_the_gpu_benchmark_on_cpu_arrays(on_the_cpu, monkeypatch, dtype, layout):
+def test_the_gpu_benchmark_on_cpu_tensors(on_the_cpu, monkeypatch, dtype, layout):
     for variant in layer_options.VARIANTS:
         case = Case((8, 6, 14, 14), layout, dtype, *variant)
         gpu = gpu_of(2 * case.nbytes, monkeypatch)
@@ -372,7 +372,7 @@ def test_the_gpu_benchmark_finds_a_wrong_result(on_the_cpu, monkeypatch, who, na
 @pytest.mark.parametrize("phase", tables.PHASES)
 def test_a_graph_that_captured_nothing_is_found(on_the_cpu, monkeypatch, phase):
     case = Case((8, 6, 14, 14), "first", "float32", True)
-    ours = contenders.Ours(cases.Data(case), cuda.SAMPLER, "ours", repeated=True)
+    ours = contenders.Ours(cases.Data(case, "cpu"), cuda.SAMPLER, "ours", repeated=True)
     ours.both()
     cuda.replayed(ours, phase, 1)()
     monkeypatch.setattr(cuda, "captured", lambda call, count: lambda: None)
