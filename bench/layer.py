@@ -50,7 +50,8 @@ class Cpu:
 
     reading = ""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int | None = None) -> None:
+        set_threads(threads or sbn.get_num_threads())
         self.where = machine()
         if not timing.keep_pages():
             self.reading = "Here malloc could not be told to keep pages: PyTorch's times contain fresh ones."
@@ -71,12 +72,10 @@ class Cpu:
 def main(arguments: list[str]) -> None:
     options = parsed(arguments)
     cpu = options.device == "cpu"
-    if options.threads:
-        set_threads(options.threads)
     complaints: list[str] = []
     host: dict[str, float] = {}
     try:
-        with nullcontext(Cpu()) if cpu else cuda.gpu() as on:
+        with nullcontext(Cpu(options.threads)) if cpu else cuda.gpu() as on:
             begin = time.perf_counter()
             print(on.where, file=sys.stderr)
             if isinstance(on, cuda.Gpu):

@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +60,9 @@ def machine(gpu: str = "", more_versions: Sequence[str] = ()) -> Machine:
 
 
 def set_threads(count: int) -> None:
-    """Have sbncore, and every OpenMP and BLAS library that is loaded (PyTorch's, NumPy's), use so many."""
+    """Have sbncore, PyTorch and every other OpenMP and BLAS library that is loaded use so many."""
+    with suppress(ImportError):
+        import torch  # noqa: F401  (only the threads of what is loaded can be set)
     sbn.set_num_threads(count)
     threadpool_limits(count)
 

@@ -30,8 +30,6 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if not installed("torch"):
         sys.exit("overhead needs PyTorch, which is not installed: pip install torch")
-    import torch  # noqa: F401  (its threads can be set once it is loaded)
-
     set_threads(options.threads)
     print(machine(), "\n")
     titles = ["shape", "layer", "forward, µs", f"/ {THEIRS}", "both, µs", f"/ {THEIRS}"]

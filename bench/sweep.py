@@ -127,17 +127,12 @@ def _train_all(
         return
     # spawned: a forked child of a process with OpenMP threads may hang
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(jobs, context, _start, (threads,))
+    pool = ProcessPoolExecutor(jobs, context, set_threads, (threads,))
     try:
         for one in as_completed([pool.submit(train, spec, device, where) for spec in specs]):
             yield one.result()
     finally:  # not `with`, whose own shutdown would let all that waits run
         pool.shutdown(cancel_futures=True)
-
-
-def _start(threads: int) -> None:
-    """Set a process's threads; it finds this function in this file, and so has loaded PyTorch."""
-    set_threads(threads)
 
 
 @lru_cache(maxsize=1)
