@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import sbncore as sbn
 from bench import report
-from bench.data import Data, load
+from bench.data import Images, load
 from bench.machine import machine, set_threads
 from bench.options import BadData, integer, parser
 
@@ -33,7 +33,7 @@ RATE = 0.2
 Found = dict[tuple[str, str], sbn.Fidelity]  # (layer, sampler) -> what was found
 
 
-def activations(name: str, data: Data, virtual: int, seed: int, steps: int) -> dict[str, np.ndarray]:
+def activations(name: str, data: Images, virtual: int, seed: int, steps: int) -> dict[str, np.ndarray]:
     """Return what goes into each normalization layer of a network after some training."""
     import torch
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from bench.data import Data, load
+from bench.data import Images, load
 from bench.machine import set_threads
 from bench.networks import build
 from bench.normalizations import normalized
@@ -136,7 +136,7 @@ def _train_all(
 
 
 @lru_cache(maxsize=1)
-def dataset(name: str) -> Data:
+def dataset(name: str) -> Images:
     """Return the images of a spec, read once in a process."""
     return load(None if name == DEFAULT else name)
 

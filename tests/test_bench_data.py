@@ -55,7 +55,7 @@ def test_idx_files_are_read(tmp_path, arrays, zipped):
 def made(labels, labels_test):
     rng = np.random.default_rng(0)
     images = [rng.normal(size=(len(each), 1, 2, 2)) for each in (labels, labels_test)]
-    return data.Data("made", images[0], np.asarray(labels), images[1], np.asarray(labels_test), 10)
+    return data.Images("made", images[0], np.asarray(labels), images[1], np.asarray(labels_test), 10)
 
 
 @pytest.mark.parametrize("sorted_by", ["class", "nothing"])

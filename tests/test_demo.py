@@ -6,7 +6,7 @@ from tables import unpadded
 
 import sbncore as sbn
 from bench import demo
-from bench.network import Network, cross_entropy
+from bench.demo import Network, cross_entropy
 
 
 @pytest.mark.parametrize("name", demo.SAMPLERS)
