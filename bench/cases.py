@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,14 +98,28 @@ class Data:
     """
 
     def __init__(self, case: Case, device: str | None = None, sets: int = 1) -> None:
-        self.case = case
-        unset, normal = _torch(case, device) if device else _numpy(case)
+        self.case, self.rng = case, np.random.default_rng(0)
+        self.wide: Any = np.float64 if case.dtype == "float64" else np.float32
+        new = partial(_array, case)
+        if device:
+            import torch
+
+            torch.manual_seed(0)
+            new = partial(_tensor, case, device)
         self.sets = [
-            Buffers(normal(unset(), 1, 2), normal(unset(), 0, 1), unset(), unset(),
-                    normal(unset(), 0, 1) if case.residual else None)
+            Buffers(self._normal(new(), 1, 2), self._normal(new(), 0, 1), new(), new(),
+                    self._normal(new(), 0, 1) if case.residual else None)
             for _ in range(sets)
         ]  # fmt: skip
-        self.weight, self.bias = (normal(unset(True), mean, 0.1) for mean in (1, 0))
+        parameters = [self._normal(np.empty(case.C, self.wide), mean, 0.1) for mean in (1, 0)]
+        self.weight, self.bias = (tensor(each).to(device) for each in parameters) if device else parameters
+
+    def _normal(self, array: Any, mean: float, deviation: float) -> Any:
+        if not isinstance(array, np.ndarray):
+            return array.normal_(mean, deviation)
+        values = self.rng.standard_normal(array.shape, dtype=self.wide)
+        array[...] = mean + np.float32(deviation) * values
+        return array
 
     def memory(self, array: np.ndarray) -> np.ndarray:
         """Return a NumPy array as (N, C, S), or channels-last as (N*S, C): a view."""
@@ -124,47 +138,25 @@ class Data:
         return np.moveaxis(array.reshape(N, *spatial, C), -1, 1)
 
 
-Makers = tuple[Callable[..., Any], Callable[[Any, float, float], Any]]  # an array, and normal values in it
-
-
-def _numpy(case: Case) -> Makers:
-    """All arrays begin at a cache line, as PyTorch's own do."""
+def _array(case: Case) -> np.ndarray:
+    """Return unset memory from the beginning of a cache line on, where PyTorch's own begins too."""
     if case.dtype == "bfloat16":
         import ml_dtypes  # noqa: F401  (NumPy learns the name)
-    rng, kind = np.random.default_rng(0), np.dtype(case.dtype)
-    wide: Any = np.float64 if case.dtype == "float64" else np.float32
     N, C, *spatial = case.shape
-
-    def unset(parameter: bool = False) -> np.ndarray:
-        if parameter:
-            return np.empty(C, wide)
-        memory = np.empty(case.nbytes + LINE, np.uint8)
-        first = -memory.ctypes.data % LINE
-        flat = memory[first : first + case.nbytes].view(kind)
-        if case.layout == "first":
-            return flat.reshape(case.shape)
-        return np.moveaxis(flat.reshape(N, *spatial, C), -1, 1)
-
-    def normal(array: np.ndarray, mean: float, deviation: float) -> np.ndarray:
-        array[...] = mean + np.float32(deviation) * rng.standard_normal(array.shape, dtype=wide)
-        return array
-
-    return unset, normal
+    memory = np.empty(case.nbytes + LINE, np.uint8)
+    first = -memory.ctypes.data % LINE
+    flat = memory[first : first + case.nbytes].view(case.dtype)
+    if case.layout == "first":
+        return flat.reshape(case.shape)
+    return np.moveaxis(flat.reshape(N, *spatial, C), -1, 1)
 
 
-def _torch(case: Case, device: str) -> Makers:
+def _tensor(case: Case, device: str) -> Any:
     import torch
 
-    torch.manual_seed(0)
     layout = torch.contiguous_format if case.layout == "first" else torch.channels_last
     kind = getattr(torch, case.dtype)
-
-    def unset(parameter: bool = False) -> Any:
-        if parameter:
-            return torch.empty(case.C, device=device)
-        return torch.empty(case.shape, device=device, dtype=kind, memory_format=layout)
-
-    return unset, lambda tensor, mean, deviation: tensor.normal_(mean, deviation)
+    return torch.empty(case.shape, device=device, dtype=kind, memory_format=layout)
 
 
 def tensor(array: Any) -> Any:
