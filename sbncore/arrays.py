@@ -15,24 +15,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sbncore.interchange import Export, exportable, from_cpu, namespace, way_back
+from sbncore import dlpack
+from sbncore.interchange import exportable, way_back
 
 STORAGE = {name: np.dtype(kind) for name, kind in zip(
     ("float64", "float32", "float16", "bfloat16"), ("f8", "f4", "i2", "u2"), strict=True)}  # fmt: skip
 ELEMENT = {storage: name for name, storage in STORAGE.items()}
 PARAMETER = {"float64": "float64", "float32": "float32", "float16": "float32", "bfloat16": "float32"}
 LINE, LARGE = 64, 1 << 20  # bytes: a cache line, and memory worth beginning at one
-CPU, CUDA = 1, (2, 13)  # DLPack's kDLCPU; kDLCUDA and kDLCUDAManaged
 
 
-class ShortWay(NamedTuple):
-    """An adapter's own view of an array of its framework, and back, where that is quicker than DLPack."""
+class Framework(NamedTuple):
+    """An adapter's own views of its framework's arrays, and back, which are quicker than DLPack's."""
 
-    view: Callable[[Any], np.ndarray | None]  # None: DLPack must try
+    view: Callable[[Any], np.ndarray | None]  # in the storage type; None: DLPack must try
     array: Callable[[np.ndarray, Any], Any]
 
 
-SHORT_WAYS: dict[type, ShortWay] = {}
+FRAMEWORKS: dict[type, Framework] = {}  # by the type of their arrays; an adapter enters its own
 _HERE: AbstractContextManager[None] = nullcontext()
 Array = Any  # anything `borrow` takes
 
@@ -58,39 +58,38 @@ def borrow(array: Array, name: str, written: bool = False) -> np.ndarray:
         if written and not array.flags.writeable:
             raise ValueError(f"{name}: expected a writeable array, got a read-only one")
         return _as_storage(np.asarray(array), name)
+    framework = FRAMEWORKS.get(type(array))
     array = exportable(array, name, written)
-    bits = "bfloat16" in str(getattr(array, "dtype", ""))
     try:
-        short = SHORT_WAYS.get(type(array))
-        view = None if short is None else short.view(array)
+        view = None if framework is None else framework.view(array)
         if view is not None:
             return view
-        if bits and hasattr(array, "detach"):  # NumPy's DLPack cannot carry it, nor can CuPy's
-            array = array.view(namespace(array).int16)
-        export = Export(array, written)
-        kind = export.__dlpack_device__()[0]
-        if kind == CPU:
-            view = from_cpu(array, export)
+        kind = array.__dlpack_device__()[0]
+        if kind == dlpack.CPU:
+            if not hasattr(array, "dtype"):  # what comes back is of x's type and dtype
+                raise BufferError(f"{type(array).__name__} without dtype")
+            memory = dlpack.memory_of(array, written)
+            view = dlpack.numpy_view(memory)
+    except dlpack.Unfit as complaint:
+        raise TypeError(_unfit(name, complaint)) from None
     except Exception as complaint:  # sparse, deleted, freed, ...: every framework has errors of its own
         raise TypeError(
             f"{name}: expected an array that DLPack can export, got: {complaint}; pass one with its values "
             f"in memory, such as numpy.asarray({name})"
         ) from complaint
     if view is None:
-        if kind not in CUDA:
+        if kind not in dlpack.CUDA:
             device = getattr(array, "device", "another device")
             raise TypeError(f"{name}: expected an array on the CPU or a CUDA device, got one on {device}")
-        view = _from_gpu(array, export)
-    if written:
-        if export.refusal:
-            raise ValueError(f"{name}: expected a writeable array, got {export.refusal}")
-        view = writeable(view)
-    return view.view(np.uint16) if bits else _as_storage(view, name)
+        return _from_gpu(array, name, written)
+    if written and memory.refusal:
+        raise ValueError(f"{name}: expected a writeable array, got {memory.refusal}")
+    return view
 
 
 def giver(like: Array, view: np.ndarray) -> Callable[[np.ndarray], Array]:
     """Return `give` for results as ``view``, its way found: what is looked up before anything is written."""
-    if isinstance(like, type(view)) or type(like) in SHORT_WAYS:
+    if isinstance(like, type(view)) or type(like) in FRAMEWORKS:
         return partial(give, like=like)
     return way_back(like, view.dtype)
 
@@ -101,8 +100,8 @@ def give(result: np.ndarray, like: Array) -> Array:
         if result.dtype == np.int16:
             return result.view(np.float16)
         return result.view(like.dtype) if result.dtype == np.uint16 else result
-    short = SHORT_WAYS.get(type(like))
-    array = None if short is None else short.array(result, like)
+    framework = FRAMEWORKS.get(type(like))
+    array = None if framework is None else framework.array(result, like)
     return way_back(like, result.dtype)(result) if array is None else array
 
 
@@ -198,22 +197,6 @@ def empty(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
     return memory[first : first + nbytes].view(kind).reshape(shape)
 
 
-def writeable(view: np.ndarray) -> np.ndarray:
-    """Return the same memory without the read-only mark that NumPy puts on what comes by DLPack."""
-    if not isinstance(view, np.ndarray) or view.flags.writeable:
-        return view
-    return np.asarray(_Memory(view))
-
-
-class _Memory:
-    """Carries an array's memory through NumPy's array interface and keeps its owner alive."""
-
-    def __init__(self, view: np.ndarray) -> None:
-        self.owner = view
-        interface = dict(view.__array_interface__)
-        self.__array_interface__ = interface | {"data": (interface["data"][0], False)}
-
-
 def _as_storage(array: np.ndarray, name: str) -> np.ndarray:
     dtype = array.dtype
     if dtype.kind == "f" and dtype.itemsize in (4, 8) and dtype.isnative:
@@ -221,12 +204,25 @@ def _as_storage(array: np.ndarray, name: str) -> np.ndarray:
     if not dtype.isnative:
         raise TypeError(f"{name}: expected native byte order, got dtype {dtype}")
     if dtype.name not in STORAGE:
-        raise TypeError(f"{name}: expected dtype float64, float32, float16 or bfloat16, got {dtype}")
+        raise TypeError(_unfit(name, dtype))
     return array.view(STORAGE[dtype.name])
 
 
-def _from_gpu(array: Array, export: Export) -> Any:
+def _unfit(name: str, dtype: object) -> str:
+    return f"{name}: expected dtype float64, float32, float16 or bfloat16, got {dtype}"
+
+
+def _from_gpu(array: Array, name: str, written: bool) -> Any:
     from sbncore.cuda.device import cupy
 
     xp = cupy()
-    return array if isinstance(array, xp.ndarray) else xp.from_dlpack(export)
+    if isinstance(array, xp.ndarray):
+        return _as_storage(array, name)
+    stream = xp.cuda.get_current_stream().ptr or 1  # 1 is DLPack's name of the default stream
+    try:
+        memory = dlpack.memory_of(array, written, stream)
+    except dlpack.Unfit as complaint:
+        raise TypeError(_unfit(name, complaint)) from None
+    if written and memory.refusal:
+        raise ValueError(f"{name}: expected a writeable array, got {memory.refusal}")
+    return dlpack.cupy_view(memory)

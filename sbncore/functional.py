@@ -11,35 +11,28 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sbncore import checks
+from sbncore import checks, run
 from sbncore.arguments import (
     Arguments,
     Options,
-    Prepared,
     borrowed,
     check_memory,
-    dense_vectors,
     prepared,
 )
 from sbncore.arrays import (
     PARAMETER,
     Array,
-    address,
     borrow,
     element_type,
     give,
     giver,
-    narrow,
-    new,
     on_device,
-    widen,
 )
 from sbncore.layout import Layout, layout_of
 from sbncore.plans import Plan, Recipe
 from sbncore.samplers import Full
-from sbncore.saved import Saved, State, probe
-from sbncore.signature import ROWS, Pointers, Scalars
-from sbncore.statistics import Moments, Statistics, public, unbiased
+from sbncore.saved import Saved, probe
+from sbncore.statistics import Moments, Statistics, public
 
 
 class Grads(NamedTuple):
@@ -49,16 +42,6 @@ class Grads(NamedTuple):
     weight: Any
     bias: Any
     residual: Any
-
-
-class Moving(NamedTuple):
-    """How a training call moves the running statistics."""
-
-    momentum: float = 0.0
-    skip_nonfinite: bool = False
-
-
-NOTHING_MOVES = Moving()
 
 
 def forward(
@@ -114,7 +97,7 @@ def run_forward(
     plan: Plan | None,
     prior: Statistics | None,
     options: Options,
-    moving: Moving = NOTHING_MOVES,
+    moving: run.Moving = run.NOTHING_MOVES,
 ) -> tuple[Any, Saved]:
     """`forward` that also moves running statistics, if they are among the arguments."""
     views = borrowed(_with_prior(arguments, prior))
@@ -124,7 +107,7 @@ def run_forward(
     back = giver(arguments.x, views.x)
     with on_device(views.x):
         x = ready.layout.flatten(views.x)
-        y, state = _run(ready, views, x, plan, plan.count_beside(prior, x.size), moving)
+        y, state = run.forward(ready, views, x, plan, plan.count_beside(prior, x.size), moving)
         kinds = tuple(None if p is None else p.dtype for p in (views.weight, views.bias))
         saved = Saved(
             arguments.x, x, ready.layout, plan, state, arguments.weight, arguments.bias, kinds,
@@ -184,7 +167,7 @@ def backward(
         checks.output(target, x)
         checks.apart(target, (view, x))
     with on_device(view):
-        dx, dresidual, dweight, dbias = _differentiate(saved, view, wanted, gradient, target)
+        dx, dresidual, dweight, dbias = run.backward(saved, view, wanted, gradient, target)
         back = giver(saved.like, view)
         return Grads(
             None if "x" not in wanted else out if out is not None else back(layout.restore(dx)),
@@ -214,7 +197,7 @@ def repair(dx: Array, dy: Array, saved: Saved, dweight: Array, dbias: Array) -> 
     if not isinstance(saved, Saved):
         raise TypeError(f"saved: expected what forward returned, got {type(saved).__name__}")
     saved.check()
-    layout, x, call = saved.layout, saved.view, saved.call
+    layout, x = saved.layout, saved.view
     view = borrow(dy, "dy")
     checks.beside(view, "dy", x)
     sums = [borrow(dweight, "dweight"), borrow(dbias, "dbias")]
@@ -223,23 +206,8 @@ def repair(dx: Array, dy: Array, saved: Saved, dweight: Array, dbias: Array) -> 
     target = borrow(dx, "dx", written=True)
     checks.output(target, x, "dx")
     checks.apart(target, (view, x, *sums), name="dx")
-    if call is None:
-        return
     with on_device(view):
-        flat, gradients = layout.flatten(target), layout.flatten(view)
-        state, memory = saved.state, new(flat, call.memory, "u1") if call.memory else None
-        total = new(flat, 2 * layout.C, call.sums_element)
-        for k, each in enumerate(call.given(widen(sums[0]), widen(sums[1]), state.rows)):
-            total[k * layout.C : (k + 1) * layout.C] = each
-        at = Pointers(
-            dx=address(flat), dy=address(gradients), x=address(saved.x), state=address(state.values),
-            mask=at_(state.mask), memory=at_(memory), sums=address(total), step=state.step_address,
-        )  # fmt: skip
-        call.repair(at, state.draw)
-        if call.memory:
-            state.memory["repair"] = memory, total, gradients
-        if not layout.lies(target):
-            target[...] = layout.restore(flat)
+        run.repair(saved, target, view, sums)
 
 
 def moments(
@@ -272,7 +240,7 @@ def moments_of(
     with on_device(views.x):
         x = ready.layout.flatten(views.x)
         count = plan.count_beside(prior, x.size)
-        return _run(ready, views, x, plan, count, writes=False)[1].moments
+        return run.forward(ready, views, x, plan, count, writes=False)[1].moments
 
 
 def normalize(
@@ -301,7 +269,7 @@ def normalize(
     check_memory(views, options.in_place)
     back = giver(x, views.x)
     with on_device(views.x):
-        y, _ = _run(ready, views, ready.layout.flatten(views.x), plan, 0.0, masks=False)
+        y, _ = run.forward(ready, views, ready.layout.flatten(views.x), plan, 0.0, masks=False)
         return back(ready.layout.restore(y)) if out is None else out
 
 
@@ -327,94 +295,3 @@ def _plan(plan: Any, x: np.ndarray, options: Options) -> Plan:
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: expected a Plan (sampler.plan(x.shape)), got {type(plan).__name__}")
     return plan
-
-
-def _run(
-    ready: Prepared, views: Arguments, x: np.ndarray, plan: Plan, count: float,
-    moving: Moving = NOTHING_MOVES, writes: bool = True, masks: bool = True,
-) -> tuple[Any, State]:  # fmt: skip
-    """Run a forward over x, flat; return y, flat, if it writes one, and the state."""
-    call, layout, copied = ready.call, ready.layout, ready.copied
-    values = new(x, ROWS * layout.C + 1, "f8")
-    if call is None:
-        return x, _state_of_nothing(values, views, layout, count)
-    y = None
-    if writes:
-        y = new(x, x.size, x.dtype) if views.out is None or "out" in copied else layout.flatten(views.out)
-    memory = new(x, call.memory, "u1") if call.memory else None
-    mask = new(x, call.mask, "u1") if masks and call.mask else None
-    residual = None if views.residual is None else layout.flatten(views.residual)
-    held = dense_vectors(views, ready) if copied else views
-    draw, step = call.drawn(plan)
-    at = Pointers(
-        y=at_(y), x=address(x), residual=at_(residual), mask=at_(mask), state=address(values),
-        memory=at_(memory), weight=at_(held.weight), bias=at_(held.bias), step=at_(step),
-        running_mean=at_(held.running_mean), running_var=at_(held.running_var),
-        prior_mean=at_(held.prior_mean), prior_var=at_(held.prior_var),
-    )  # fmt: skip
-    call.forward(at, draw, Scalars(ready.eps, moving.momentum, unbiased(count), moving.skip_nonfinite))
-    if copied:
-        _write_back(ready, views, y, held)
-    state = State(values, mask, count, layout.C, draw, step is not None)
-    if call.memory:
-        state.memory["forward"] = memory, residual, held[1:]
-    return y, state
-
-
-def _write_back(ready: Prepared, views: Arguments, y: Any, held: Arguments) -> None:
-    """Copy what was written to arrays that the engine cannot take as they lie."""
-    if "out" in ready.copied and y is not None:
-        views.out[...] = ready.layout.restore(y)
-    for name in ("running_mean", "running_var"):
-        if name in ready.copied:
-            view = getattr(views, name)
-            view[...] = narrow(getattr(held, name), view.dtype)
-
-
-def _state_of_nothing(values: Any, views: Arguments, layout: Layout, count: float) -> State:
-    """Return the state of an array without elements: the prior's moments, if there is one."""
-    values[...] = 0
-    if views.prior_mean is not None:
-        values[: layout.C] = widen(views.prior_mean)
-        values[layout.C : 2 * layout.C] = widen(views.prior_var)
-    return State(values, None, count, layout.C, None, False)
-
-
-def _differentiate(
-    saved: Saved, dy: np.ndarray, wanted: tuple[str, ...], gradient: str, out: Any
-) -> tuple[Any, Any, Any, Any]:
-    """Return dx and dresidual, flat, and dweight and dbias in their parameters' types.
-
-    None is what is not wanted, and a residual's gradient that is dy itself.
-    """
-    call, layout, x, state = saved.call, saved.layout, saved.x, saved.state
-    direct = out is not None and layout.lies(out)
-    dx = None if "x" not in wanted else layout.flatten(out) if direct else new(x, x.size, x.dtype)
-    dresidual = new(x, x.size, x.dtype) if "residual" in wanted and saved.relu else None
-    kind = PARAMETER[element_type(x)]
-    sums = [new(x, layout.C, kind) if name in wanted else None for name in ("weight", "bias")]
-    if call is None:
-        for each in sums:
-            if each is not None:
-                each[...] = 0
-    elif dx is not None or dresidual is not None or "weight" in wanted or "bias" in wanted:
-        memory, flat = new(x, call.memory, "u1") if call.memory else None, layout.flatten(dy)
-        at = Pointers(
-            dx=at_(dx), dresidual=at_(dresidual), dweight=at_(sums[0]), dbias=at_(sums[1]), x=address(x),
-            dy=address(flat), state=address(state.values), mask=at_(state.mask), memory=at_(memory),
-            step=state.step_address,
-        )  # fmt: skip
-        call.backward(at, state.draw, gradient)
-        if call.memory:
-            state.memory["backward"] = memory, flat
-        if out is not None and dx is not None and not direct:
-            out[...] = layout.restore(dx)
-    dweight, dbias = (
-        None if each is None else narrow(each, dtype) for each, dtype in zip(sums, saved.kinds, strict=True)
-    )
-    return dx, dresidual, dweight, dbias
-
-
-def at_(array: Any) -> int:
-    """Return an array's address, 0 of None."""
-    return 0 if array is None else address(array)

@@ -1,8 +1,7 @@
-"""Arrays of other frameworks: what DLPack exports, whether it may be written, and which way leads back."""
+"""Arrays of other frameworks: whether they may be exported and written, and which way leads back."""
 
 from __future__ import annotations
 
-import ctypes
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -12,15 +11,6 @@ import numpy as np
 IMMUTABLE = "jax", "jaxlib", "tensorflow"  # frameworks whose arrays never change, whatever their capsules say
 PROTOCOL = "__dlpack__", "__dlpack_device__"
 
-_READ_ONLY, _IS_COPIED = 1, 2
-_FLAGS = 8 + 2 * ctypes.sizeof(ctypes.c_void_p)  # behind the version, the manager's context and the deleter
-_VERSIONED = b"dltensor_versioned"
-_is_valid = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_char_p)(
-    ("PyCapsule_IsValid", ctypes.pythonapi)
-)
-_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
-    ("PyCapsule_GetPointer", ctypes.pythonapi)
-)
 _ways: dict[tuple[type, np.dtype], Callable[[Any], Any]] = {}
 
 
@@ -67,45 +57,6 @@ def _tensor(torch: Any, tensor: Any, name: str, written: bool) -> Any:
             raise ValueError(f"{name}: expected memory as it is read, got a negative or conjugate view")
         tensor = tensor.resolve_conj().resolve_neg()
     return tensor
-
-
-class Export:
-    """Stands between an exporter and an importer: asks for the memory itself, and notes what came.
-
-    ``refusal`` says why what came must not be written; a capsule from before DLPack 1.0 cannot tell.
-    """
-
-    def __init__(self, array: Any, written: bool) -> None:
-        self._array, self.written, self.refusal = array, written, ""
-
-    def __dlpack_device__(self) -> Any:
-        return self._array.__dlpack_device__()
-
-    def __dlpack__(self, **options: Any) -> Any:
-        if self.written and "max_version" in options:  # DLPack 1.0 brought both
-            options["copy"] = False
-        capsule = self._array.__dlpack__(**options)
-        if _is_valid(capsule, _VERSIONED):
-            flags = ctypes.c_uint64.from_address(_pointer(capsule, _VERSIONED) + _FLAGS).value
-            self.refusal = "a read-only one" if flags & _READ_ONLY else "a copy" if flags & _IS_COPIED else ""
-        return capsule
-
-
-def from_cpu(array: Any, export: Export) -> np.ndarray:
-    """Return NumPy's view of an array on the CPU.
-
-    Raises:
-        Exception: whatever the exporter raises; BufferError for a tensor whose storage was freed.
-    """
-    if hasattr(array, "data_ptr") and array.numel() and not array.data_ptr():
-        raise BufferError("a tensor without memory")
-    if not hasattr(array, "dtype"):
-        raise BufferError(f"{type(array).__name__} without dtype")
-    if isinstance(array.dtype, np.dtype) and array.dtype.name == "bfloat16":  # NumPy's DLPack cannot carry it
-        view = np.asarray(array, copy=False if export.written else None)
-        export.refusal = "" if view.flags.writeable else "a read-only one"
-        return view
-    return np.from_dlpack(export)
 
 
 def way_back(like: Any, storage: np.dtype) -> Callable[[Any], Any]:

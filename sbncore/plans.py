@@ -245,6 +245,14 @@ class Plan:
         return self.recipe.shape
 
     @property
+    def N(self) -> int:
+        return self.recipe.N
+
+    @property
+    def S(self) -> int:
+        return self.recipe.S
+
+    @property
     def prior(self) -> float:
         return self.recipe.prior
 
@@ -345,13 +353,13 @@ class Plan:
 
     def weights(self) -> NDArray[np.float64]:
         """Return ``p`` itself, (N, *spatial) in float64, spelled out for inspection and for tests."""
-        p = np.zeros(self.recipe.N * self.recipe.S)
+        p = np.zeros(self.N * self.S)
         for begin, length, weight in zip(*self.runs, strict=True):
             p[begin : begin + length] += weight
         return p.reshape(self.shape)
 
     def __str__(self) -> str:
-        total = self.recipe.N * self.recipe.S
+        total = self.N * self.S
         share = f", {self.count / total:.1%}" if total else ""
         lines = [f"{self.count} of {total} values per channel{share}, of a batch {self.shape}"]
         lines += [f"  weight {part.weight:g}: {part}" for part in self.parts]

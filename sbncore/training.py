@@ -8,8 +8,9 @@ from sbncore import checks
 from sbncore.arguments import Arguments, Options
 from sbncore.arrays import Array, borrow
 from sbncore.drawing import Sampler
-from sbncore.functional import Moving, Saved, evaluation, run_forward
+from sbncore.functional import Saved, evaluation, run_forward
 from sbncore.layout import layout_of
+from sbncore.run import Moving
 from sbncore.samplers import Full
 from sbncore.statistics import Statistics
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from bench.kernels import instances
-from sbncore import arguments, arrays, functional, layout
+from sbncore import arguments, arrays, layout, run
 from sbncore.cuda import call, device, record
 
 if platform.machine() not in ("x86_64", "AMD64") or shutil.which("g++") is None:
@@ -135,6 +135,6 @@ def emulated(emulator):
         patched.setattr(arguments, "look", look)
         for module in (layout, arrays):
             patched.setattr(module, "aligned", lambda view: watched(view) % 16 == 0)
-        patched.setattr(functional, "address", watched)
-        patched.setattr(functional, "new", lambda view, size, dtype: emulator.empty(size, dtype))
+        patched.setattr(run, "address", watched)
+        patched.setattr(run, "new", lambda view, size, dtype: emulator.empty(size, dtype))
         yield emulator

@@ -12,7 +12,7 @@ import pytest
 from product import SAMPLERS
 
 import sbncore as sbn
-from sbncore import arguments, call, functional
+from sbncore import arguments, call, run
 from sbncore.cuda import device, driver
 
 
@@ -24,14 +24,14 @@ def cupy(monkeypatch):
     caches = device.cupy, device.device_at, call.call_for
     for cached in caches:
         cached.cache_clear()
-    address = functional.address
+    address = run.address
 
     def watched(array):
         if isinstance(array, fake_cupy.FakeArray):
             fake_cupy.EMULATOR.name(array.memory)
         return address(array)
 
-    monkeypatch.setattr(functional, "address", watched)
+    monkeypatch.setattr(run, "address", watched)
     monkeypatch.setattr(arguments, "_prepared", {})
     yield fake
     for cached in caches:

@@ -165,10 +165,10 @@ def with_and_without_the_adapter(code):
     from sbncore import arrays
     from sbncore.adapters.torch import exchange
 
-    assert arrays.SHORT_WAYS[exchange.torch.Tensor].view is exchange.view_of
+    assert arrays.FRAMEWORKS[exchange.torch.Tensor].view is exchange.view_of
     code()
     with pytest.MonkeyPatch.context() as without:
-        without.setattr(arrays, "SHORT_WAYS", {})
+        without.setattr(arrays, "FRAMEWORKS", {})
         code()
 
 

@@ -320,7 +320,7 @@ def test_the_short_way_is_dlpacks(dtype, monkeypatch):
         assert exchange.view_of(given) is not None
         back = arrays.give(short, given)
         with monkeypatch.context() as without:
-            without.setattr(arrays, "SHORT_WAYS", {})
+            without.setattr(arrays, "FRAMEWORKS", {})
             long = arrays.borrow(given, "x")
             long_back = arrays.give(long.copy(), given)
         assert short.dtype == long.dtype and short.shape == long.shape

@@ -1,5 +1,6 @@
 """Sampled batch normalization for PyTorch: layers, a converter for models, virtual samples."""
 
+from sbncore.adapters.torch import exchange
 from sbncore.adapters.torch.convert import convert_sampled_batchnorm, revert_sampled_batchnorm
 from sbncore.adapters.torch.layers import (
     SampledBatchNorm,
@@ -16,3 +17,5 @@ __all__ = [
     "convert_sampled_batchnorm", "revert_sampled_batchnorm", "checkpoint_contexts",
     "VirtualBatch", "suggest_samplers",
 ]  # fmt: skip
+
+exchange.register()
