@@ -31,21 +31,28 @@ __device__ void block_sums(Shared<A>& shared, const typename A::real first[], co
         shared.sum[k * pitch + t] = first[k];
         shared.sum[(A::K + k) * pitch + t] = second[k];
     }
-    int helpers = 1;
-    while (helpers < HELPERS && 2 * helpers * count <= threads) helpers *= 2;
+    int shift = 0;  // of `helpers`, a power of two: divisions are long
+    while ((1 << shift) < HELPERS && (2 << shift) * count <= threads) ++shift;
+    const int helpers = 1 << shift, groups = threads >> shift, group = t >> shift, helper = t - (group << shift);
     block_barrier();
-    for (int base = 0; base < count; base += threads / helpers) {
-        const int group = t / helpers, helper = t - group * helpers, local = base + group;
-        const bool mine = group < threads / helpers && local < count;
+    for (int base = 0; base < count; base += groups) {
+        const int local = base + group;
+        const bool mine = group < groups && local < count;
         typename A::real total[2] = {0, 0};
         if (mine) {
             const Range range = units(local);
-            const int width = range.to - range.from;
-            #pragma unroll 1
+            const int width = range.to - range.from, rows_on = helpers / width, units_on = helpers - rows_on * width;
+            int row = helper / width, unit = range.from + helper - row * width;
+            #pragma unroll 4
             for (int e = helper; e < width * rows; e += helpers) {
-                const int row = e / width, unit = range.from + e - row * width, column = unit / A::K;
-                for (int w = 0; w < 2; ++w)
-                    total[w] += shared.sum[(w * A::K + unit - column * A::K) * pitch + row * TX + column];
+                const int column = unit / A::K, at = (unit - column * A::K) * pitch + row * TX + column;
+                for (int w = 0; w < 2; ++w) total[w] += shared.sum[w * A::K * pitch + at];
+                row += rows_on;
+                unit += units_on;
+                if (unit >= range.to) {
+                    unit -= width;
+                    ++row;
+                }
             }
         }
         for (int w = 0; w < 2; ++w) shared.help[w][t] = total[w];
