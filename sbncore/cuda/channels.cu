@@ -3,8 +3,9 @@
 enum Layout { FIRST, SEAMED, LAST };
 enum Mode { MOMENTS, PLAIN, RELU, MASKED };  // what g is: x - shift, dy, dy where z > 0, dy where the mask says
 enum Coefficient { SHIFT, SCALE, OFFSET, K0, K1, COEFFICIENTS };
-enum State { MEAN, VAR, RSTD, STATE_SHIFT, STATE_SCALE, STATE_OFFSET };
-enum Own { WEIGHT = 1, BIAS = 2, PRIOR_MEAN = 4, PRIOR_VAR = 8, RUNNING_MEAN = 16, RUNNING_VAR = 32 };
+enum State { MEAN, VAR, RSTD, STATE_SHIFT, STATE_SCALE, STATE_OFFSET, STATE };
+// Vectors of a value for each channel, some of them in x's own type: bit k of call.elements. Shifts never are.
+enum Vector { WEIGHT, BIAS, PRIOR_MEAN, PRIOR_VAR, RUNNING_MEAN, RUNNING_VAR, SHIFTS, VECTORS };
 enum { THREADS = 256, UNROLL = 4, CHANNELS = 264, HELPERS = 16, FINISHED = 2 };
 // Blocks that a multiprocessor shall hold, which bounds registers; rows of dy and x that are loaded at a time.
 enum { STEPS = 2 };
@@ -55,17 +56,17 @@ __device__ inline i64 channel_of(const Call& call, Channels channels, int local)
     return channel - divide(channel, call.C) * call.C;
 }
 
-template <class T> __device__ double parameter(const Call& call, const void* values, int own, i64 c, double absent) {
+template <class T> __device__ double parameter(const Call& call, const void* values, int k, i64 c, double absent) {
     if (!values) return absent;
-    if (call.elements & own) return (double)widen(load((const T*)values + c));
+    if (call.elements >> k & 1) return (double)widen(load((const T*)values + c));
     return (double)load((const typename Compute<T>::type*)values + c);
 }
 
-template <class T> __device__ void set_parameter(const Call& call, void* values, int own, i64 c, double value) {
+template <class T> __device__ void set_parameter(const Call& call, void* values, int k, i64 c, double value) {
     typedef typename Compute<T>::type real;
     T narrowed;
     narrow(narrowed, (real)value);
-    if (call.elements & own) store((T*)values + c, narrowed);
+    if (call.elements >> k & 1) store((T*)values + c, narrowed);
     else store((real*)values + c, (real)value);
 }
 
@@ -138,21 +139,34 @@ template <class A> __device__ void gather(const Call& call, i64 c, int helper, i
             to += divide(to * call.S + call.S - 1, call.tile * call.vector);
             from += divide(from * call.S, call.tile * call.vector);
         }
-        for (i64 slot = from; slot <= to; ++slot) {
-            #pragma unroll 4
-            for (int block = helper; block < (int)call.from_blocks; block += helpers)
-                for (int w = 0; w < 2; ++w) total[w] += (double)load(partial + slot + ((i64)block * 2 + w) * slots);
+        // Slots and blocks in one loop: its loads are independent of each other.
+        const int width = (int)(to - from + 1), all = width * (int)call.from_blocks;
+        #pragma unroll 4
+        for (int e = helper; e < all; e += helpers) {
+            const int block = (u32)e / (u32)width;
+            const real* const left = partial + from + (e - block * width) + (i64)block * 2 * slots;
+            for (int w = 0; w < 2; ++w) total[w] += (double)load(left + w * slots);
         }
     }
 }
 
-// finish(channel, totals of the two sums) by one thread for each of the FINISHED channels of a block.
-template <class A, class Finish> __device__ void finish_channels(const Call& call, bool totals, Finish finish) {
-    struct Help { double of[2][THREADS]; };
+// What a channel is finished with, beside its sums, in shared memory.
+struct Given {
+    const double* values;
+    __device__ double operator[](int k) const { return values[k * FINISHED]; }
+};
+
+// finish(channel, totals of the two sums, given) by one thread for each of the FINISHED channels of a block. given[k] is
+// give(k, channel), k < VECTORS: loaded by a thread each, before the sums, or one load would wait for another.
+template <class A, class Give, class Finish>
+__device__ void finish_channels(const Call& call, bool totals, Give give, Finish finish) {
+    struct Help { double of[2][THREADS], given[VECTORS * FINISHED]; };
     SHARED(Help, help);
     const int t = threadIdx.x, helpers = THREADS / FINISHED;
     const i64 c = (i64)blockIdx.x * FINISHED + t % FINISHED;
     double total[2] = {0, 0};
+    const int v = t - (THREADS - VECTORS * FINISHED);  // of the last warp, whose share of the sums is the least
+    if (v >= 0 && c < call.C) help.given[v] = give(v / FINISHED, c);
     if (totals && c < call.C) gather<A>(call, c, t / FINISHED, helpers, total);
     for (int w = 0; w < 2; ++w) help.of[w][t] = total[w];
     block_barrier();
@@ -163,5 +177,5 @@ template <class A, class Finish> __device__ void finish_channels(const Call& cal
     }
     if (t >= FINISHED || c >= call.C) return;
     for (int w = 0; w < 2; ++w) total[w] = help.of[w][t] * call.total_scale;
-    finish(c, total);
+    finish(c, total, Given{help.given + t});
 }

@@ -177,18 +177,24 @@ template <class T, int V, Layout L, Mode M> __global__ void __launch_bounds__(TH
         repair_at_places<A, M>(lane, call, call.part[k], share, columns.column, columns.ty, columns.TY);
 }
 
-// Parallel: a block finishes FINISHED channels, 32 threads adding up the sums of each.
+// Parallel: a block finishes FINISHED channels, its threads adding up the sums of each.
 template <class T, Layout L> __global__ void __launch_bounds__(THREADS) finish_forward(const __grid_constant__ Call call) {
     typedef Access<T, 1, L> A;
     typedef typename A::real real;
     begin();
     if (call.step && call.step_kept && blockIdx.x == 0 && threadIdx.x == 0) store(call.step_kept, load(call.step));
-    finish_channels<A>(call, call.prior < 1, [&](i64 c, const double total[2]) {
-        const double given_mean = parameter<T>(call, call.prior_mean, PRIOR_MEAN, c, 0);
-        const double given_var = parameter<T>(call, call.prior_var, PRIOR_VAR, c, 0);
+    const bool sampled = call.prior < 1;
+    const auto give = [&](int k, i64 c) {
+        const void* const values = k == WEIGHT ? call.weight : k == BIAS ? call.bias : k == PRIOR_MEAN ? call.prior_mean
+            : k == PRIOR_VAR ? call.prior_var : k == RUNNING_MEAN ? call.running_mean
+            : k == RUNNING_VAR ? call.running_var : sampled ? call.shift : 0;
+        return parameter<T>(call, values, k, c, k == WEIGHT);
+    };
+    finish_channels<A>(call, sampled, give, [&](i64 c, const double total[2], Given given) {
+        const double given_mean = given[PRIOR_MEAN], given_var = given[PRIOR_VAR];
         double mean = given_mean, var = given_var;
-        if (call.prior < 1) {
-            mean = (double)load((const real*)call.shift + c) + total[0];
+        if (sampled) {
+            mean = given[SHIFTS] + total[0];
             var = total[1] - total[0] * total[0];
             var = var < 0 ? 0 : var;
             if (call.prior > 0) {
@@ -198,15 +204,14 @@ template <class T, Layout L> __global__ void __launch_bounds__(THREADS) finish_f
                 mean = mixed;
             }
         }
-        const double rstd = 1 / sqrt(var + call.eps), scale = parameter<T>(call, call.weight, WEIGHT, c, 1) * rstd;
+        const double rstd = 1 / sqrt(var + call.eps), scale = given[WEIGHT] * rstd;
         const double shift = (double)(real)few_bits(mean, sqrt(var));
-        const double offset = (shift - mean) * scale + parameter<T>(call, call.bias, BIAS, c, 0);
+        const double offset = (shift - mean) * scale + given[BIAS];
         const double state[] = {mean, var, rstd, shift, scale, offset};
-        for (int k = 0; k < 6; ++k) store(call.state + k * call.C + c, state[k]);
+        for (int k = 0; k < STATE; ++k) store(call.state + k * call.C + c, state[k]);
         const bool finite = mean - mean == 0 && var - var == 0;
         if (call.running_mean && (finite || !call.skip_nonfinite)) {
-            const double m = parameter<T>(call, call.running_mean, RUNNING_MEAN, c, 0);
-            const double v = parameter<T>(call, call.running_var, RUNNING_VAR, c, 0);
+            const double m = given[RUNNING_MEAN], v = given[RUNNING_VAR];
             set_parameter<T>(call, call.running_mean, RUNNING_MEAN, c, m + call.momentum * (mean - m));
             set_parameter<T>(call, call.running_var, RUNNING_VAR, c, v + call.momentum * (var * call.unbiased - v));
         }
@@ -215,9 +220,9 @@ template <class T, Layout L> __global__ void __launch_bounds__(THREADS) finish_f
 
 template <class T, Layout L> __global__ void __launch_bounds__(THREADS) finish_backward(const __grid_constant__ Call call) {
     begin();
-    finish_channels<Access<T, 1, L>>(call, true, [&](i64 c, const double total[2]) {
-        const double rounding = load(call.state + MEAN * call.C + c) - load(call.state + STATE_SHIFT * call.C + c);
-        const double rstd = load(call.state + RSTD * call.C + c), scale = load(call.state + STATE_SCALE * call.C + c);
+    const auto give = [&](int k, i64 c) { return k < STATE ? load(call.state + k * call.C + c) : 0; };
+    finish_channels<Access<T, 1, L>>(call, true, give, [&](i64 c, const double total[2], Given given) {
+        const double rounding = given[MEAN] - given[STATE_SHIFT], rstd = given[RSTD], scale = given[STATE_SCALE];
         const double dbias = total[0], dweight = (total[1] - rounding * dbias) * rstd, k1 = scale * rstd * dweight;
         store(call.slopes + c, scale * dbias - k1 * rounding);
         store(call.slopes + call.C + c, k1);
