@@ -61,8 +61,7 @@ def instances(types: Iterable[str] = tuple(TYPES)) -> list[str]:
             names += [f"sums<{instance},{mode},{flag}>" for mode in gradients for flag in flags]
             names += [f"normalize<{instance},{a},{b}>" for a in flags for b in flags]
             names += [f"repair<{instance},{mode}>" for mode in gradients]
-        narrower = [(V, "FIRST") for V in (2, 4) if V < TYPES[kind]]
-        for V, layout in (*columns[::2], *narrower, *((1, layout) for layout in ENDS)):
+        for V, layout in (*columns[::2], *((1, layout) for layout in ENDS)):
             instance = f"{kind},{V},{layout}"
             names += [f"sums_of_places<{instance},{mode}>" for mode in ("MOMENTS", *gradients)]
             names += [f"repair_places<{instance},{mode}>" for mode in gradients]

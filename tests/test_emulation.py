@@ -112,6 +112,27 @@ def test_the_places_are_the_plans_bit_for_bit(rng, sampler, shape):
     assert ((exact != detached) == drawn).all()
 
 
+ODD = [(37, 8, 7, 7), (8, 6, 14, 14), (16, 5, 15, 15), (8, 16, 3, 3), (5, 8, 13, 9)]
+
+
+@pytest.mark.parametrize("sampler", ["run", "runs", "patch", "grid", "samples", "scattered", "virtual"])
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != "float64"])
+@pytest.mark.parametrize("shape", ODD)
+def test_runs_that_begin_and_end_within_a_word(rng, dtype, shape, sampler):
+    """Maps of odd sizes, runs across the ends of maps: right, and what is not drawn is not touched."""
+    device = emulator(dtype, multiprocessors=2)
+    for relu, add, gradient in ((False, False, "exact"), (True, False, "sampled"), (True, True, "exact")):
+        if sampler != "virtual" or gradient != "sampled":
+            run(device, rng, dtype, shape, SAMPLERS[sampler], False, relu, add, gradient)
+    x, dy = rng.normal(size=(2, *shape)).astype(DTYPES[dtype])
+    plan = SAMPLERS[sampler].plan(shape, step=3)
+    with emulation.emulated(device):
+        _, saved = sbn.forward(x, plan=plan)
+        exact, detached = (sbn.backward(dy, saved, gradient=g).x for g in ("exact", "detached"))
+    drawn = np.broadcast_to(plan.weights()[:, None] > 0, shape)
+    assert (exact[~drawn] == detached[~drawn]).all() and (exact[drawn] != detached[drawn]).any()
+
+
 @pytest.mark.parametrize("sampler", ["run", "random", "scattered", "virtual"])
 def test_a_step_in_device_memory_is_read_by_the_kernels(rng, sampler):
     shape = (36, 8, 7, 7)
@@ -302,6 +323,19 @@ def test_what_holds_for_the_cpu_holds_here(rng, axis):
             constant(dtype, 0.1, shape, axis == -1)
 
 
+@given(st.sampled_from([1, 2, 4, 8]), st.integers(1, 70), st.data())
+def test_a_run_lies_in_no_more_words_than_threads_read(width, size, data):
+    align = data.draw(st.sampled_from([k for k in range(1, size + 1) if size % k == 0]))
+    length = data.draw(st.integers(1, size))
+    runs = geometry.Runs(1.0, geometry.MAP, 0, 1, 1, length, length, size, align, size // align, False)
+    words = geometry.words_of(runs, width, size)
+    for channel, start in itertools.product(range(width), range(0, size, align)):
+        at = channel * size + (start + np.arange(length)) % size
+        head = np.unique(at[at >= channel * size + start] // width)
+        tail = np.unique(at[at < channel * size + start] // width)
+        assert len(head) + len(tail) <= words
+
+
 @given(
     st.integers(1, 2**20), st.integers(1, 2**20), st.integers(1, 2**16), st.booleans(),
     st.sampled_from([2, 4, 8]), st.integers(1, 200), st.sampled_from(sorted(SAMPLERS)),
@@ -332,10 +366,12 @@ def test_every_geometry_is_within_the_kernels_limits(N, C, S, last, itemsize, mu
     assert places.tile * places.tiles * (places.vector if last else 1) >= C
     assert places.threads <= geometry.THREADS and places.tiles < 2**31 and places.blocks < 2**16
     assert places.tile * places.vector <= geometry.CHANNELS and V % places.vector == 0
+    width = 1 if last else places.vector
     for run, (pieces, piece, lanes, _) in zip(runs, places.pieces, strict=True):
-        assert (pieces - 1) * piece < run.length <= pieces * piece
+        words = geometry.words_of(run, width, S)
+        assert (pieces - 1) * piece < words <= pieces * piece
         assert lanes <= places.threads // places.tile
-        assert last or run.kind == geometry.SCATTERED or run.length % places.vector == 0
+        assert -(-run.length // width) <= words <= run.length
     assert len(geometry.fields(sizes, sweep, sweep, places)) == 13
 
 

@@ -15,11 +15,12 @@ enum { NORMALIZE_BLOCKS = 3, SUMS_BLOCKS = 3 };
 enum { NORMALIZE_BLOCKS = 4, SUMS_BLOCKS = 4 };
 #endif
 
-// A column of V elements has K sets of coefficients and of sums: one where it lies in one channel.
+// A column of V elements has K sets of coefficients and of sums: one where it lies in one channel. WIDTH: positions of a
+// map in an access to places.
 template <class T_, int V_, Layout L_> struct Access {
     typedef T_ T;
     typedef typename Compute<T>::type real;
-    enum { V = V_, LAYOUT = L_, K = L_ == FIRST ? 1 : V_ };
+    enum { V = V_, LAYOUT = L_, K = L_ == FIRST ? 1 : V_, WIDTH = L_ == LAST ? 1 : V_ };
 };
 
 template <class A> struct Shared {
@@ -94,12 +95,15 @@ template <class A> __device__ i64 index_of(const Call& call, i64 n, i64 s, i64 c
 
 // The first, the middle and the last of what is drawn, k = 0, 1, 2.
 template <class A> __device__ typename A::real some_value(const Call& call, int k, i64 c) {
-    Piece piece = {(call.N - 1) * k / 2, (int)(call.S / 2), 0};
+    Piece piece = {(call.N - 1) * k / 2, (int)(call.S / 2), 1, 0};
     if (call.parts) {
         const Part& part = call.part[0];
         const i64 pieces = part.groups * part.runs * part.pieces;
         piece = piece_of(call, part, key_of(call, part), (u32)((pieces - 1) * k / 2));
     }
+    const int first = piece.first * A::WIDTH;
+    piece.s += first < piece.count ? first : piece.count - 1;
+    if (piece.s >= (int)call.S) piece.s -= (int)call.S;
     return widen(load((const typename A::T*)call.x + index_of<A>(call, piece.n, piece.s, c)));
 }
 

@@ -87,7 +87,7 @@ class Pieces(NamedTuple):
     """How threads share a run."""
 
     pieces: int  # of a run
-    piece: int  # positions
+    piece: int  # accesses
     lanes: int  # threads of a piece
     share: int  # pieces of a block
 
@@ -166,13 +166,25 @@ def runs_of(part: Part, size: int) -> Runs:
     return Runs(p, SCATTERED, part.first, part.rows, part.positions, 1, 1, 0, 1, 1, False)
 
 
-def pieces_of(runs: Runs, width: int, height: int, blocks: int) -> Pieces:
-    """Return how some blocks of ``height`` rows share a part, an access being ``width`` positions."""
+def words_of(runs: Runs, width: int, size: int) -> int:
+    """Return in how many words of ``width`` positions a run lies at most, in maps of ``size`` positions.
+
+    Words begin at multiples of the width in memory, wherever a run does; a run that wraps has two ends more.
+    """
+    begins = size if runs.kind in (STRIDED, DISTINCT) else runs.align if runs.kind == MAP else 1
+    several = runs.stride if runs.length < runs.positions else 0
+    unit = math.gcd(width, size, begins, runs.length, runs.positions, several)
+    units, of_word = runs.length // unit, width // unit
+    return min(units, (units - 4) // of_word + 4)
+
+
+def pieces_of(runs: Runs, words: int, height: int, blocks: int) -> Pieces:
+    """Return how some blocks of ``height`` rows share a part, a run of which lies in so many words."""
     lanes = 1
-    while 2 * lanes <= min(WARP, height) and lanes * UNROLL * width < runs.length:
+    while 2 * lanes <= min(WARP, height) and lanes * UNROLL < words:
         lanes *= 2
-    piece = lanes * UNROLL * width
-    pieces = -(-runs.length // piece)
+    piece = lanes * UNROLL
+    pieces = -(-words // piece)
     together = height // lanes
     rounds = -(-runs.groups * runs.number * pieces // (blocks * together))
     return Pieces(pieces, piece, lanes, rounds * together)
@@ -183,16 +195,12 @@ def places(sizes: Sizes, parts: tuple[Runs, ...], vector: int, multiprocessors: 
     C, S, last = sizes.C, sizes.S, sizes.last
     if last:
         vector = sizes.vector if C % sizes.vector == 0 else 1
-    else:
-        for runs in parts:
-            several = runs.stride if runs.length < runs.positions else 0
-            aligned = S if runs.kind in (STRIDED, DISTINCT) else runs.align if runs.kind == MAP else 1
-            vector = math.gcd(vector, S, aligned, runs.length, runs.positions, several)
     columns = C // vector if last else C
     tile = 1 if not last else min(columns, WIDE if vector > 1 else 4 * WIDE)
     tiles, height = -(-columns // tile), THREADS // tile
     most = max(1, min(-(-PLACES * multiprocessors // tiles), MOST))
-    pieces = tuple(pieces_of(runs, 1 if last else vector, height, most) for runs in parts)
+    width = 1 if last else vector
+    pieces = tuple(pieces_of(runs, words_of(runs, width, S), height, most) for runs in parts)
     blocks = [
         -(-runs.groups * runs.number * each.pieces // each.share)
         for runs, each in zip(parts, pieces, strict=True)

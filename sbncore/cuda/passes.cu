@@ -23,7 +23,7 @@ __device__ typename A::real gradient(const Lane<A>& lane, int i, typename A::rea
 // The mask holds a word for each column of UNROLL rows, a bit for each element.
 template <int V> struct Bits { typedef typename Word<(UNROLL * V + 7) / 8>::type type; };
 
-// The mask's bits of an element and of those behind it in an access of places, which lie in one byte.
+// The mask's bits of an element and of those behind it in an access to places, which lie in one byte.
 __device__ inline u32 kept(const Call& call, i64 index) {
     const i64 V = call.vector, bytes = (UNROLL * V + 7) / 8;
     const i64 row = divide(index, call.row), element = index - row * call.row, column = divide(element, V);
@@ -150,39 +150,57 @@ __device__ void normalize_everywhere(const Shared<A>& shared, const Call& call, 
         });
 }
 
-// What a thread takes of a piece: up to UNROLL accesses, each of V positions of one channel (channels-last: of V
-// channels of one position).
-struct Accesses {
-    i64 base;  // of the sample's map
-    int s, S, pitch, step, count;
+// What a thread takes of a run at a time: up to UNROLL words of WIDTH positions of one channel, each at a multiple of
+// WIDTH in memory, so that runs of any place and length are read 16 bytes at a time (channels-last: a position, V
+// channels wide). A run may begin and end within a word; one that wraps round its map goes on at the map's first word.
+template <class A> struct Accesses {
+    enum { WIDTH = A::WIDTH, ALL = (1 << WIDTH) - 1 };
+    i64 base;  // first element of the map's first word
+    int pitch, before, start, end, tail;  // positions, from there: the map's first, the run's first and last, of a wrapped run the last
+    int first, heads, words;  // the run's first word, words up to the map's end, and all
+    int at, step;
 
-    __device__ bool live(int u) const { return u * step < count; }
-    __device__ i64 index(int u) const {
-        int at = s + u * step;
-        if (at >= S) at -= S;
-        return base + (i64)at * pitch;
+    __device__ Accesses(const Call& call, const Part& part, const Piece& piece, i64 column, int lane) {
+        const i64 map = A::LAYOUT == LAST ? piece.n * call.S * call.C + column * A::V : (piece.n * call.C + column) * call.S;
+        before = A::LAYOUT == LAST ? 0 : (int)map & (WIDTH - 1);
+        base = map - before;
+        pitch = A::LAYOUT == LAST ? (int)call.C : (int)WIDTH;
+        const int left = (int)call.S - piece.s, head = piece.count < left ? piece.count : left;
+        start = before + piece.s;
+        end = start + head;
+        tail = before + piece.count - head;
+        first = (u32)start / WIDTH;
+        heads = (u32)(end - 1) / WIDTH - first + 1;
+        words = heads + (tail > before ? (u32)(tail - 1) / WIDTH + 1 : 0);
+        at = piece.first + lane;
+        step = (int)part.lanes;
+    }
+
+    __device__ int word(int u) const {
+        const int i = at + u * step;
+        return i < heads ? first + i : i - heads;
+    }
+    __device__ i64 index(int u) const { return base + (i64)word(u) * pitch; }
+
+    // A bit for each position of a word that lies in the run.
+    __device__ u32 inside(int u) const {
+        const int i = at + u * step, left = word(u) * WIDTH;
+        if (i >= words) return 0;
+        if (WIDTH == 1) return 1;
+        const int from = (i < heads ? start : before) - left, to = (i < heads ? end : tail) - left;
+        return (from > 0 ? ALL << from : (int)ALL) & (to < WIDTH ? (1 << to) - 1 : (int)ALL);
     }
 };
 
 // Calls visit(accesses) for what is this thread's of a part.
 template <class A, class Visit>
 __device__ void at_places(const Call& call, const Part& part, Share share, i64 column, int ty, int TY, Visit visit) {
-    enum { WIDTH = A::LAYOUT == LAST ? 1 : (int)A::V };  // positions of an access
     const u64 key = key_of(call, part);
-    const int lanes = (int)part.lanes, group = ty / lanes, together = TY / lanes, first = (ty - group * lanes) * WIDTH;
+    const int lanes = (int)part.lanes, group = ty / lanes, together = TY / lanes;
     const i64 pieces = part.groups * part.runs * part.pieces, from = share.block * part.share;
     const i64 to = from + part.share < pieces ? from + part.share : pieces;
-    for (i64 j = from + group; j < to && group < together; j += together) {
-        const Piece piece = piece_of(call, part, key, (u32)j);
-        Accesses accesses;
-        accesses.base = A::LAYOUT == LAST ? piece.n * call.S * call.C + column * A::V : (piece.n * call.C + column) * call.S;
-        accesses.S = (int)call.S;
-        accesses.s = piece.s + first < accesses.S ? piece.s + first : piece.s + first - accesses.S;
-        accesses.pitch = A::LAYOUT == LAST ? (int)call.C : 1;
-        accesses.step = lanes * WIDTH;
-        accesses.count = piece.count - first;
-        visit(accesses);
-    }
+    for (i64 j = from + group; j < to && group < together; j += together)
+        visit(Accesses<A>(call, part, piece_of(call, part, key, (u32)j), column, ty - group * lanes));
 }
 
 template <class A, int M>
@@ -191,24 +209,27 @@ __device__ void sum_places(const Lane<A>& lane, const Call& call, const Part& pa
     typedef typename A::T T;
     typedef typename A::real real;
     enum { V = A::V, STEP = A::K > 1 && M != MOMENTS ? (int)STEPS : (int)UNROLL };
-    at_places<A>(call, part, share, column, ty, TY, [&](const Accesses& accesses) {
+    at_places<A>(call, part, share, column, ty, TY, [&](const Accesses<A>& accesses) {
         real few[A::K] = {}, products[A::K] = {}, *a = A::K > 1 ? first : few, *b = A::K > 1 ? second : products;
         #pragma unroll
         for (int h = 0; h < UNROLL; h += STEP) {
             Pack<T, V> x[STEP], dy[STEP];
             #pragma unroll
             for (int u = 0; u < STEP; ++u)
-                if (accesses.live(h + u)) {
+                if (accesses.inside(h + u)) {
                     x[u] = load<T, V>(call.x, accesses.index(h + u));
                     if (M != MOMENTS) dy[u] = load<T, V>(call.dy, accesses.index(h + u));
                 }
             #pragma unroll
             for (int u = 0; u < STEP; ++u) {
-                if (!accesses.live(h + u)) continue;
+                const u32 inside = accesses.inside(h + u);
+                if (!inside) continue;
                 const u32 bits = M == MASKED ? kept(call, accesses.index(h + u)) : 0;
                 #pragma unroll
                 for (int i = 0; i < V; ++i) {
-                    const real xi = widen(x[u].at[i]), d = M == MOMENTS ? real(0) : widen(dy[u].at[i]);
+                    const bool in = A::WIDTH == 1 || inside >> i & 1;  // what is outside adds 0, whatever it is
+                    const real xi = in ? widen(x[u].at[i]) : lane.at(SHIFT, i);
+                    const real d = M == MOMENTS || !in ? real(0) : widen(dy[u].at[i]);
                     const real g = gradient<A, M>(lane, i, d, xi, bits >> i & 1);
                     a[i % A::K] += g;
                     b[i % A::K] += g * (xi - lane.at(SHIFT, i));
@@ -222,6 +243,21 @@ __device__ void sum_places(const Lane<A>& lane, const Call& call, const Part& pa
     });
 }
 
+// Stores the elements of a word that lie in the run: others belong to other threads.
+template <class A, class T, int V>
+__device__ void store_inside(void* memory, i64 index, const Pack<T, V>& values, u32 inside) {
+    if (inside == Accesses<A>::ALL) return store<T, V>(memory, index, values);
+    #pragma unroll
+    for (int i = 0; i + 1 < V; i += 2) {
+        if ((inside >> i & 3) == 3) {
+            store<T, 2>(memory, index + i, Pack<T, 2>{{values.at[i], values.at[i + 1]}});
+            continue;
+        }
+        if (inside >> i & 1) store<T, 1>(memory, index + i, Pack<T, 1>{{values.at[i]}});
+        if (inside >> i & 2) store<T, 1>(memory, index + i + 1, Pack<T, 1>{{values.at[i + 1]}});
+    }
+}
+
 template <class A, int M>
 __device__ void repair_at_places(const Lane<A>& lane, const Call& call, const Part& part, Share share, i64 column, int ty,
                                  int TY) {
@@ -229,17 +265,17 @@ __device__ void repair_at_places(const Lane<A>& lane, const Call& call, const Pa
     typedef typename A::real real;
     enum { V = A::V };
     const real p = (real)part.weight;
-    at_places<A>(call, part, share, column, ty, TY, [&](const Accesses& accesses) {
+    at_places<A>(call, part, share, column, ty, TY, [&](const Accesses<A>& accesses) {
         Pack<T, V> x[UNROLL], dy[UNROLL];
         #pragma unroll
         for (int u = 0; u < UNROLL; ++u)
-            if (accesses.live(u)) {
+            if (accesses.inside(u)) {
                 x[u] = load<T, V>(call.x, accesses.index(u), true);
                 dy[u] = load<T, V>(call.onto ? call.dx : call.dy, accesses.index(u), true);
             }
         #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
-            if (!accesses.live(u)) continue;
+            if (!accesses.inside(u)) continue;
             const i64 index = accesses.index(u);
             const u32 bits = M == MASKED && !call.onto ? kept(call, index) : 0;
             Pack<T, V> dx;
@@ -250,7 +286,7 @@ __device__ void repair_at_places(const Lane<A>& lane, const Call& call, const Pa
                 if (!call.onto) value = gradient<A, M>(lane, i, d, xi, bits >> i & 1) * lane.at(SCALE, i);
                 narrow(dx.at[i], value - p * (lane.at(K0, i) + (xi - lane.at(SHIFT, i)) * lane.at(K1, i)));
             }
-            store<T, V>(call.dx, index, dx);
+            store_inside<A>(call.dx, index, dx, accesses.inside(u));
         }
     });
 }

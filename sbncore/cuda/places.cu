@@ -4,7 +4,7 @@ enum Kind { STRIDED, DISTINCT, MAP, SCATTERED };
 
 // A part of a plan: `groups` samples (or single places), each of `runs` runs of `length` consecutive positions,
 // `stride` apart, the last run what is left of `positions`. A run wraps round its map. Threads take a run in
-// `pieces` pieces of `piece` positions: `lanes` threads times UNROLL accesses.
+// `pieces` pieces of `piece` accesses: `lanes` threads times UNROLL.
 struct Part {
     u64 key;         // final; or, where the step is read from the device, of (seed, layer)
     u64 stream;      // number of the part, absorbed behind such a step
@@ -90,27 +90,24 @@ __device__ inline i64 range_of(const Call& call, const Part& part) {
     return part.kind == SCATTERED ? part.rows * call.S : part.rows;
 }
 
-// A piece of a run: `count` positions of sample n from s on, wrapping round the map.
-struct Piece { i64 n; int s, count; };
+// A piece of a run: its accesses from `first` on. The run: `count` positions of sample n from s on, wrapping round
+// the map.
+struct Piece { i64 n; int s, count, first; };
 
 __device__ inline Piece piece_of(const Call& call, const Part& part, u64 key, u32 index) {
     u32 run = index, group = index;
-    int left = (int)part.length;
-    Piece piece = {0, 0, 0};
+    Piece piece = {0, 0, (int)part.length, 0};
     if (part.pieces > 1) {
         group = run = index / (u32)part.pieces;
-        piece.s = (int)(index - run * (u32)part.pieces) * (int)part.piece;
+        piece.first = (int)(index - run * (u32)part.pieces) * (int)part.piece;
     }
-    const int behind = piece.s;
     if (part.runs > 1) {
         group = run / (u32)part.runs;
         const int number = (int)(run - group * (u32)part.runs);
-        piece.s += number * (int)part.stride;
+        piece.s = number * (int)part.stride;
         const int rest = (int)part.positions - number * (int)part.length;
-        left = rest < left ? rest : left;
+        piece.count = rest < piece.count ? rest : piece.count;
     }
-    left -= behind;
-    piece.count = left < (int)part.piece ? left : (int)part.piece;
     if (part.kind == MAP) {
         piece.n = part.first + group;
         const i64 start = part.align * bounded(absorb(key, part.common ? 0 : piece.n), part.starts);
