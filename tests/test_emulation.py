@@ -379,6 +379,7 @@ def test_the_constants_are_those_of_the_kernels():
     source = emulation.device.source()
     for name, value in (
         ("THREADS", geometry.THREADS), ("UNROLL", geometry.UNROLL), ("CHANNELS", geometry.CHANNELS),
+        ("ACCESSES", geometry.ACCESSES),
         ("FINISHED", geometry.FINISHED), ("PARTS", record.PARTS), ("SORTED", call.SORTED),
     ):  # fmt: skip
         assert f"{name} = {value}" in source

@@ -6,7 +6,7 @@ enum Coefficient { SHIFT, SCALE, OFFSET, K0, K1, COEFFICIENTS };
 enum State { MEAN, VAR, RSTD, STATE_SHIFT, STATE_SCALE, STATE_OFFSET, STATE };
 // Vectors of a value for each channel, some of them in x's own type: bit k of call.elements. Shifts never are.
 enum Vector { WEIGHT, BIAS, PRIOR_MEAN, PRIOR_VAR, RUNNING_MEAN, RUNNING_VAR, SHIFTS, VECTORS };
-enum { THREADS = 256, UNROLL = 4, CHANNELS = 264, HELPERS = 16, FINISHED = 2 };
+enum { THREADS = 256, UNROLL = 4, ACCESSES = 8, CHANNELS = 264, HELPERS = 16, FINISHED = 2 };
 // Blocks that a multiprocessor shall hold, which bounds registers; rows of dy and x that are loaded at a time.
 enum { STEPS = 2 };
 #if __CUDA_ARCH__ >= 1000  // where the same code needs more registers

@@ -51,12 +51,18 @@ template <> struct Word<4> { typedef unsigned int type; };
 template <> struct Word<8> { typedef u64 type; };
 template <> struct Word<16> { typedef uint4 type; };
 
+// A Pack as it comes from memory. Where it shall stay on its way for a while, it must not be taken apart: the compiler
+// would move its elements to registers of their own at once, and wait for them.
+template <class T, int V> struct Raw {
+    typename Word<sizeof(T) * V>::type word;
+    __device__ Pack<T, V> unpacked() const { return *(const Pack<T, V>*)&word; }
+};
+
 // `last` marks the last use of what is read: it need not stay in a cache.
-template <class T, int V> __device__ inline Pack<T, V> load(const void* memory, i64 element, bool last = false) {
+template <class T, int V> __device__ inline Raw<T, V> load_raw(const void* memory, i64 element, bool last = false) {
     typedef typename Word<sizeof(T) * V>::type word;
     const word* from = (const word*)((const T*)memory + element);
-    const word read = last ? __ldcs(from) : *from;
-    return *(const Pack<T, V>*)&read;
+    return {last ? __ldcs(from) : *from};
 }
 
 template <class T, int V> __device__ inline void store(void* memory, i64 element, const Pack<T, V>& values) {

@@ -12,7 +12,8 @@ from sbncore.plans import MapPlaces, Part, ScatteredPlaces, WholeSamples
 
 THREADS = 256  # of a block, at most
 WARP = 32
-UNROLL = 4  # rows, or accesses of a piece, that a thread takes at a time
+UNROLL = 4  # rows that a thread takes at a time
+ACCESSES = 8  # of a piece of a run, that a thread takes
 CHANNELS = 264  # of a tile, at most
 FINISHED = 2  # channels that a block finishes
 # Blocks of a pass over everything for each multiprocessor. One that sums takes as many as are resident,
@@ -179,15 +180,20 @@ def words_of(runs: Runs, width: int, size: int) -> int:
 
 
 def pieces_of(runs: Runs, words: int, height: int, blocks: int) -> Pieces:
-    """Return how some blocks of ``height`` rows share a part, a run of which lies in so many words."""
-    lanes = 1
-    while 2 * lanes <= min(WARP, height) and lanes * UNROLL < words:
-        lanes *= 2
-    piece = lanes * UNROLL
-    pieces = -(-words // piece)
-    together = height // lanes
-    rounds = -(-runs.groups * runs.number * pieces // (blocks * together))
-    return Pieces(pieces, piece, lanes, rounds * together)
+    """Return how some blocks of ``height`` rows share a part, a run of which lies in so many words.
+
+    In the fewest rounds, since each waits for memory; then by the most threads, whose accesses lie together.
+    """
+
+    def shared(lanes: int) -> tuple[int, Pieces]:
+        pieces, together = -(-words // (lanes * ACCESSES)), height // lanes
+        rounds = -(-runs.groups * runs.number * pieces // (blocks * together))
+        return rounds, Pieces(pieces, lanes * ACCESSES, lanes, rounds * together)
+
+    lanes = [1]
+    while lanes[0] < words and 2 * lanes[0] <= min(WARP, height):
+        lanes.insert(0, 2 * lanes[0])
+    return min(map(shared, lanes), key=lambda each: each[0])[1]
 
 
 def places(sizes: Sizes, parts: tuple[Runs, ...], vector: int, multiprocessors: int) -> Places:

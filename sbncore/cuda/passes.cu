@@ -76,8 +76,8 @@ __device__ void sweep(const Shared<A>& shared, const Call& call, Share share, Ch
                 #pragma unroll
                 for (int u = 0; u < STEP; ++u)
                     if (h + u < live) {
-                        if (READS_X) x[u] = load<T, V>(call.x, begin + (h + u) * call.row, M != MOMENTS);
-                        if (M != MOMENTS) dy[u] = load<T, V>(call.dy, begin + (h + u) * call.row, true);
+                        if (READS_X) x[u] = load_raw<T, V>(call.x, begin + (h + u) * call.row, M != MOMENTS).unpacked();
+                        if (M != MOMENTS) dy[u] = load_raw<T, V>(call.dy, begin + (h + u) * call.row, true).unpacked();
                     }
                 #pragma unroll
                 for (int u = 0; u < STEP; ++u) {
@@ -125,8 +125,8 @@ __device__ void normalize_everywhere(const Shared<A>& shared, const Call& call, 
                 #pragma unroll
                 for (int u = 0; u < STEP; ++u)
                     if (h + u < live) {
-                        x[u] = load<T, V>(call.x, begin + (h + u) * call.row, true);
-                        if (RESIDUAL) residual[u] = load<T, V>(call.residual, begin + (h + u) * call.row, true);
+                        x[u] = load_raw<T, V>(call.x, begin + (h + u) * call.row, true).unpacked();
+                        if (RESIDUAL) residual[u] = load_raw<T, V>(call.residual, begin + (h + u) * call.row, true).unpacked();
                     }
                 #pragma unroll
                 for (int u = 0; u < STEP; ++u) {
@@ -150,17 +150,19 @@ __device__ void normalize_everywhere(const Shared<A>& shared, const Call& call, 
         });
 }
 
-// What a thread takes of a run at a time: up to UNROLL words of WIDTH positions of one channel, each at a multiple of
+// What a thread takes of a run at a time: up to ACCESSES words of WIDTH positions of one channel, each at a multiple of
 // WIDTH in memory, so that runs of any place and length are read 16 bytes at a time (channels-last: a position, V
 // channels wide). A run may begin and end within a word; one that wraps round its map goes on at the map's first word.
 template <class A> struct Accesses {
     enum { WIDTH = A::WIDTH, ALL = (1 << WIDTH) - 1 };
     i64 base;  // first element of the map's first word
-    int pitch, before, start, end, tail;  // positions, from there: the map's first, the run's first and last, of a wrapped run the last
-    int first, heads, words;  // the run's first word, words up to the map's end, and all
-    int at, step;
+    int pitch;
+    int before, start, end, tail;  // positions behind base: where the map begins, the run, where it ends or wraps, and ends then
+    int first, heads, words;  // the run's first word, its words up to the map's end, and all
+    int at, step;  // words of this thread
 
-    __device__ Accesses(const Call& call, const Part& part, const Piece& piece, i64 column, int lane) {
+    __device__ Accesses() : words(0), at(0), step(0) {}
+    __device__ void begin(const Call& call, const Part& part, const Piece& piece, i64 column, int lane) {
         const i64 map = A::LAYOUT == LAST ? piece.n * call.S * call.C + column * A::V : (piece.n * call.C + column) * call.S;
         before = A::LAYOUT == LAST ? 0 : (int)map & (WIDTH - 1);
         base = map - before;
@@ -182,65 +184,101 @@ template <class A> struct Accesses {
     }
     __device__ i64 index(int u) const { return base + (i64)word(u) * pitch; }
 
+    __device__ bool live(int u) const { return at + u * step < words; }
+
     // A bit for each position of a word that lies in the run.
     __device__ u32 inside(int u) const {
-        const int i = at + u * step, left = word(u) * WIDTH;
-        if (i >= words) return 0;
         if (WIDTH == 1) return 1;
-        const int from = (i < heads ? start : before) - left, to = (i < heads ? end : tail) - left;
-        return (from > 0 ? ALL << from : (int)ALL) & (to < WIDTH ? (1 << to) - 1 : (int)ALL);
+        const bool head = at + u * step < heads;
+        const int left = word(u) * WIDTH, from = (head ? start : before) - left, to = (head ? end : tail) - left;
+        return ALL << (from > 0 ? from : 0) & (1 << (to < WIDTH ? to : (int)WIDTH)) - 1;
     }
 };
 
-// Calls visit(accesses) for what is this thread's of a part.
-template <class A, class Visit>
-__device__ void at_places(const Call& call, const Part& part, Share share, i64 column, int ty, int TY, Visit visit) {
+// The columns of a tile of the pass over places: channels, or V of them in channels-last memory.
+template <class A> struct Columns {
+    i64 begin, count, column;  // its first channel, its channels, this thread's column
+    int TX, TY, tx, ty;
+    bool mine;
+
+    __device__ Columns(const Call& call, Share share) {
+        TX = (int)call.place_tile;
+        TY = blockDim.x / TX;
+        ty = threadIdx.x / TX;
+        tx = threadIdx.x - ty * TX;
+        begin = share.tile * TX * A::K;
+        count = call.C - begin < TX * A::K ? call.C - begin : TX * A::K;
+        column = share.tile * TX + tx;
+        mine = column * A::K < call.C;
+    }
+};
+
+// What a thread has read of a run: STEP words, and the mask there.
+template <class A, int M, int STEP_> struct Taken {
+    enum { V = A::V, STEP = STEP_ };
+    Raw<typename A::T, V> x[STEP], dy[STEP];
+    u32 kept[STEP];
+
+    __device__ void take(const Call& call, const Accesses<A>& accesses, int from, const void* dys) {
+        #pragma unroll
+        for (int u = 0; u < STEP; ++u) {
+            if (!accesses.live(from + u)) continue;
+            x[u] = load_raw<typename A::T, V>(call.x, accesses.index(from + u));
+            if (M != MOMENTS) dy[u] = load_raw<typename A::T, V>(dys, accesses.index(from + u));
+            kept[u] = M == MASKED ? ::kept(call, accesses.index(from + u)) : 0;
+        }
+    }
+};
+
+// Calls use(what the thread has read, accesses, the first of them that it is) for all of a part; prepare() when the
+// first is on its way. One hash gives up to ACCESSES words, STEP of them at a time.
+template <class A, int M, int STEP, class Prepare, class Use>
+__device__ void at_places(const Call& call, const Part& part, Share share, const Columns<A>& columns, const void* dys,
+                          Prepare prepare, Use use) {
     const u64 key = key_of(call, part);
-    const int lanes = (int)part.lanes, group = ty / lanes, together = TY / lanes;
+    const u32 lanes = (u32)part.lanes;  // unsigned: shorter divisions
+    const int together = (u32)columns.TY / lanes, group = (u32)columns.ty / lanes;
     const i64 pieces = part.groups * part.runs * part.pieces, from = share.block * part.share;
     const i64 to = from + part.share < pieces ? from + part.share : pieces;
-    for (i64 j = from + group; j < to && group < together; j += together)
-        visit(Accesses<A>(call, part, piece_of(call, part, key, (u32)j), column, ty - group * lanes));
+    i64 round = from;
+    do {  // once, too, where the block has no share: its threads wait for each other in prepare()
+        const bool mine = columns.mine && group < together && round + group < to;
+        Accesses<A> accesses;
+        if (mine) accesses.begin(call, part, piece_of(call, part, key, (u32)(round + group)), columns.column, columns.ty - group * (int)lanes);
+        #pragma unroll
+        for (int h = 0; h < ACCESSES; h += STEP) {
+            Taken<A, M, STEP> taken;
+            taken.take(call, accesses, h, dys);
+            if (h == 0 && round == from) prepare();
+            use(taken, accesses, h);
+        }
+    } while ((round += together) < to);
 }
 
-template <class A, int M>
-__device__ void sum_places(const Lane<A>& lane, const Call& call, const Part& part, Share share, i64 column, int ty, int TY,
+template <class A, int M, int STEP>
+__device__ void add_places(const Lane<A>& lane, const Taken<A, M, STEP>& taken, const Accesses<A>& accesses, int from,
                            typename A::real first[], typename A::real second[]) {
-    typedef typename A::T T;
     typedef typename A::real real;
-    enum { V = A::V, STEP = A::K > 1 && M != MOMENTS ? (int)STEPS : (int)UNROLL };
-    at_places<A>(call, part, share, column, ty, TY, [&](const Accesses<A>& accesses) {
-        real few[A::K] = {}, products[A::K] = {}, *a = A::K > 1 ? first : few, *b = A::K > 1 ? second : products;
+    real few[A::K] = {}, products[A::K] = {}, *a = A::K > 1 ? first : few, *b = A::K > 1 ? second : products;
+    #pragma unroll
+    for (int u = 0; u < STEP; ++u) {
+        if (!accesses.live(from + u)) continue;
+        const u32 inside = accesses.inside(from + u);
+        const Pack<typename A::T, A::V> x = taken.x[u].unpacked(), dy = taken.dy[u].unpacked();
         #pragma unroll
-        for (int h = 0; h < UNROLL; h += STEP) {
-            Pack<T, V> x[STEP], dy[STEP];
-            #pragma unroll
-            for (int u = 0; u < STEP; ++u)
-                if (accesses.inside(h + u)) {
-                    x[u] = load<T, V>(call.x, accesses.index(h + u));
-                    if (M != MOMENTS) dy[u] = load<T, V>(call.dy, accesses.index(h + u));
-                }
-            #pragma unroll
-            for (int u = 0; u < STEP; ++u) {
-                const u32 inside = accesses.inside(h + u);
-                if (!inside) continue;
-                const u32 bits = M == MASKED ? kept(call, accesses.index(h + u)) : 0;
-                #pragma unroll
-                for (int i = 0; i < V; ++i) {
-                    const bool in = A::WIDTH == 1 || inside >> i & 1;  // what is outside adds 0, whatever it is
-                    const real xi = in ? widen(x[u].at[i]) : lane.at(SHIFT, i);
-                    const real d = M == MOMENTS || !in ? real(0) : widen(dy[u].at[i]);
-                    const real g = gradient<A, M>(lane, i, d, xi, bits >> i & 1);
-                    a[i % A::K] += g;
-                    b[i % A::K] += g * (xi - lane.at(SHIFT, i));
-                }
-            }
+        for (int i = 0; i < A::V; ++i) {
+            const bool in = A::WIDTH == 1 || inside >> i & 1;  // what is outside adds 0, whatever it is
+            const real xi = in ? widen(x.at[i]) : lane.at(SHIFT, i);
+            const real d = M == MOMENTS || !in ? real(0) : widen(dy.at[i]);
+            const real g = gradient<A, M>(lane, i, d, xi, taken.kept[u] >> i & 1);
+            a[i % A::K] += g;
+            b[i % A::K] += g * (xi - lane.at(SHIFT, i));
         }
-        if (A::K == 1) {
-            first[0] += few[0];
-            second[0] += products[0];
-        }
-    });
+    }
+    if (A::K == 1) {
+        first[0] += few[0];
+        second[0] += products[0];
+    }
 }
 
 // Stores the elements of a word that lie in the run: others belong to other threads.
@@ -258,35 +296,23 @@ __device__ void store_inside(void* memory, i64 index, const Pack<T, V>& values, 
     }
 }
 
-template <class A, int M>
-__device__ void repair_at_places(const Lane<A>& lane, const Call& call, const Part& part, Share share, i64 column, int ty,
-                                 int TY) {
+template <class A, int M, int STEP>
+__device__ void repair_taken(const Lane<A>& lane, const Call& call, typename A::real p, const Taken<A, M, STEP>& taken,
+                              const Accesses<A>& accesses, int from) {
     typedef typename A::T T;
     typedef typename A::real real;
-    enum { V = A::V };
-    const real p = (real)part.weight;
-    at_places<A>(call, part, share, column, ty, TY, [&](const Accesses<A>& accesses) {
-        Pack<T, V> x[UNROLL], dy[UNROLL];
+    #pragma unroll
+    for (int u = 0; u < STEP; ++u) {
+        if (!accesses.live(from + u)) continue;
+        const Pack<T, A::V> x = taken.x[u].unpacked(), dy = taken.dy[u].unpacked();
+        Pack<T, A::V> dx;
         #pragma unroll
-        for (int u = 0; u < UNROLL; ++u)
-            if (accesses.inside(u)) {
-                x[u] = load<T, V>(call.x, accesses.index(u), true);
-                dy[u] = load<T, V>(call.onto ? call.dx : call.dy, accesses.index(u), true);
-            }
-        #pragma unroll
-        for (int u = 0; u < UNROLL; ++u) {
-            if (!accesses.inside(u)) continue;
-            const i64 index = accesses.index(u);
-            const u32 bits = M == MASKED && !call.onto ? kept(call, index) : 0;
-            Pack<T, V> dx;
-            #pragma unroll
-            for (int i = 0; i < V; ++i) {
-                const real xi = widen(x[u].at[i]), d = widen(dy[u].at[i]);
-                real value = d;
-                if (!call.onto) value = gradient<A, M>(lane, i, d, xi, bits >> i & 1) * lane.at(SCALE, i);
-                narrow(dx.at[i], value - p * (lane.at(K0, i) + (xi - lane.at(SHIFT, i)) * lane.at(K1, i)));
-            }
-            store_inside<A>(call.dx, index, dx, accesses.inside(u));
+        for (int i = 0; i < A::V; ++i) {
+            const real xi = widen(x.at[i]), d = widen(dy.at[i]);
+            real value = d;
+            if (!call.onto) value = gradient<A, M>(lane, i, d, xi, taken.kept[u] >> i & 1) * lane.at(SCALE, i);
+            narrow(dx.at[i], value - p * (lane.at(K0, i) + (xi - lane.at(SHIFT, i)) * lane.at(K1, i)));
         }
-    });
+        store_inside<A>(call.dx, accesses.index(from + u), dx, accesses.inside(from + u));
+    }
 }

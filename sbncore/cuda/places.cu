@@ -4,7 +4,7 @@ enum Kind { STRIDED, DISTINCT, MAP, SCATTERED };
 
 // A part of a plan: `groups` samples (or single places), each of `runs` runs of `length` consecutive positions,
 // `stride` apart, the last run what is left of `positions`. A run wraps round its map. Threads take a run in
-// `pieces` pieces of `piece` accesses: `lanes` threads times UNROLL.
+// `pieces` pieces of `piece` accesses: `lanes` threads times ACCESSES.
 struct Part {
     u64 key;         // final; or, where the step is read from the device, of (seed, layer)
     u64 stream;      // number of the part, absorbed behind such a step

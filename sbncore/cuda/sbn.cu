@@ -17,7 +17,8 @@
 // (N * S, C), a column being V elements, one access of 16 bytes. A thread keeps to one column and takes
 // UNROLL rows at a time, so that its coefficients stay in registers and several loads are in flight: one set
 // where columns lie in one channel (FIRST), V where they may straddle a seam (SEAMED) and in channels-last.
-// The pass over places takes runs in pieces: `lanes` threads share one, with UNROLL accesses each.
+// The pass over places takes runs in pieces: `lanes` threads share one, with up to ACCESSES words each, all of them
+// in flight while the block's coefficients are fetched or, in a forward, its shifts found.
 
 // Adds up the threads' sums of a block: put(which sum, local, total), where local's are those of all rows in the
 // units [range.from, range.to), unit u being the (u % K)-th sum of column u / K. Several threads share a total.
@@ -120,24 +121,6 @@ template <class T, int V, Layout L, Mode M> __global__ void __launch_bounds__(TH
     sweep<A, M, false, true>(shared, call, share, channels, 0, 0);
 }
 
-// The columns of a tile of the pass over places: channels, or V of them in channels-last memory.
-template <class A> struct Columns {
-    i64 begin, count, column;  // its first channel, its channels, this thread's column
-    int TX, TY, tx, ty;
-    bool mine;
-
-    __device__ Columns(const Call& call, Share share) {
-        TX = (int)call.place_tile;
-        TY = blockDim.x / TX;
-        ty = threadIdx.x / TX;
-        tx = threadIdx.x - ty * TX;
-        begin = share.tile * TX * A::K;
-        count = call.C - begin < TX * A::K ? call.C - begin : TX * A::K;
-        column = share.tile * TX + tx;
-        mine = column * A::K < call.C;
-    }
-};
-
 template <class T, int V, Layout L, Mode M> __global__ void __launch_bounds__(THREADS, 2) sums_of_places(const __grid_constant__ Call call) {
     typedef Access<T, V, L> A;
     typedef typename A::real real;
@@ -145,15 +128,22 @@ template <class T, int V, Layout L, Mode M> __global__ void __launch_bounds__(TH
     begin();
     const Share share = share_of_block();
     const Columns<A> columns(call, share);
-    const auto channel = [&](int local) { return columns.begin + local; };
-    if (M == MOMENTS) set_shifts(shared, call, columns.count, channel, [&](int) { return share.block == 0; });
-    else load_table(shared, call, columns.count, false, channel);
     Lane<A> lane;
-    if (columns.mine) lane.take(shared, columns.tx * A::K, 0, M == MOMENTS ? 1 : 3);
     for (int k = 0; k < call.parts; ++k) {
         const Part& part = call.part[k];
         real first[A::K] = {}, second[A::K] = {};
-        if (columns.mine) sum_places<A, M>(lane, call, part, share, columns.column, columns.ty, columns.TY, first, second);
+        const auto prepare = [&] {
+            if (k) return;
+            const auto channel = [&](int local) { return columns.begin + local; };
+            if (M == MOMENTS) set_shifts(shared, call, columns.count, channel, [&](int) { return share.block == 0; });
+            else load_table(shared, call, columns.count, false, channel);
+            if (columns.mine) lane.take(shared, columns.tx * A::K, 0, M == MOMENTS ? 1 : 3);
+        };
+        enum { STEP = M == MOMENTS || (A::K == 1 && M != MASKED) ? (int)ACCESSES : ACCESSES / 2 };  // by the registers there are
+        const auto add = [&](const auto& taken, const Accesses<A>& accesses, int from) {
+            add_places(lane, taken, accesses, from, first, second);
+        };
+        at_places<A, M, STEP>(call, part, share, columns, call.dy, prepare, add);
         const auto units = [](int local) { return Range{local, local + 1}; };
         block_sums(shared, first, second, columns.TX, (int)columns.count, units, [&](int w, int local, real total) {
             real* const slot = (real*)call.partial + (share.block * 2 + w) * call.C + columns.begin + local;
@@ -165,16 +155,25 @@ template <class T, int V, Layout L, Mode M> __global__ void __launch_bounds__(TH
 
 template <class T, int V, Layout L, Mode M> __global__ void __launch_bounds__(THREADS, 2) repair_places(const __grid_constant__ Call call) {
     typedef Access<T, V, L> A;
+    typedef typename A::real real;
     SHARED(Shared<A>, shared);
     begin();
     const Share share = share_of_block();
     const Columns<A> columns(call, share);
-    load_table(shared, call, columns.count, true, [&](int local) { return columns.begin + local; });
-    if (!columns.mine) return;
     Lane<A> lane;
-    lane.take(shared, columns.tx * A::K, 0, COEFFICIENTS);
-    for (int k = 0; k < call.parts; ++k)
-        repair_at_places<A, M>(lane, call, call.part[k], share, columns.column, columns.ty, columns.TY);
+    for (int k = 0; k < call.parts; ++k) {
+        const Part& part = call.part[k];
+        const auto prepare = [&] {
+            if (k) return;
+            load_table(shared, call, columns.count, true, [&](int local) { return columns.begin + local; });
+            if (columns.mine) lane.take(shared, columns.tx * A::K, 0, COEFFICIENTS);
+        };
+        const void* const dys = call.onto ? call.dx : call.dy;
+        enum { STEP = A::K == 1 && M != MASKED && sizeof(T) < 8 ? (int)ACCESSES : ACCESSES / 2 };  // likewise
+        at_places<A, M, STEP>(call, part, share, columns, dys, prepare, [&](const auto& taken, const Accesses<A>& accesses, int from) {
+            repair_taken(lane, call, (real)part.weight, taken, accesses, from);
+        });
+    }
 }
 
 // Parallel: a block finishes FINISHED channels, its threads adding up the sums of each.

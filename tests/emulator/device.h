@@ -200,8 +200,12 @@ template <> struct Word<1> { typedef unsigned char type; };
 template <> struct Word<2> { typedef unsigned short type; };
 template <> struct Word<4> { typedef unsigned int type; };
 
-template <class T, int V> Pack<T, V> load(const void* memory, i64 element, bool = false) {
-    Pack<T, V> values = {};
+template <class T, int V> struct Raw {
+    Pack<T, V> pack;
+    Pack<T, V> unpacked() const { return pack; }
+};
+template <class T, int V> Raw<T, V> load_raw(const void* memory, i64 element, bool = false) {
+    Raw<T, V> values = {};
     const T* from = (const T*)memory + element;
     if (emulator::check(from, sizeof values, false)) memcpy(&values, from, sizeof values);
     return values;
@@ -210,7 +214,7 @@ template <class T, int V> void store(void* memory, i64 element, const Pack<T, V>
     T* to = (T*)memory + element;
     if (emulator::check(to, sizeof values, true)) memcpy(to, &values, sizeof values);
 }
-template <class T> T load(const T* from) { return load<T, 1>(from, 0).at[0]; }
+template <class T> T load(const T* from) { return load_raw<T, 1>(from, 0).pack.at[0]; }
 template <class T> void store(T* to, T value) { store<T, 1>(to, 0, Pack<T, 1>{{value}}); }
 
 template <class T> T& shared_memory() {
