@@ -31,31 +31,53 @@ __device__ inline u32 kept(const Call& call, i64 index) {
     return load(call.mask + word * bytes + bit / 8) >> bit % 8;
 }
 
+// STEP rows of a thread's column, of x and of another array.
+template <class A, int STEP_, bool X, bool OTHER> struct Rows {
+    enum { STEP = STEP_ };
+    Raw<typename A::T, A::V> x[STEP], other[STEP];
+    const void* others;
+    bool last;  // whether x is used for the last time
+
+    __device__ void fetch(const Call& call, i64 begin, int from, i64 live) {
+        #pragma unroll
+        for (int u = 0; u < STEP; ++u)
+            if (from + u < live) {
+                if (X) x[u] = load_raw<typename A::T, A::V>(call.x, begin + (from + u) * call.row, last);
+                if (OTHER) other[u] = load_raw<typename A::T, A::V>(others, begin + (from + u) * call.row, true);
+            }
+    }
+};
+
 // Calls visit(index of its first element, word of the mask, how many of UNROLL rows there are) for what is this
-// thread's of so many times UNROLL rows: a column, whose coefficients are taken once.
-template <class A, class Visit>
+// thread's of so many times UNROLL rows: a column, whose coefficients are taken once. The first rows have been fetched
+// by then, and are on their way while prepare() fills the block's table.
+template <class A, class Rows, class Prepare, class Visit>
 __device__ void everywhere(const Shared<A>& shared, const Call& call, Share share, i64 quads, Channels channels,
-                           int count, Lane<A>& lane, Visit visit) {
+                           int count, Lane<A>& lane, Rows& rows, Prepare prepare, Visit visit) {
     const int TX = (int)call.tile, ty = threadIdx.x / TX, tx = threadIdx.x - ty * TX, TY = blockDim.x / TX;
-    const i64 column = share.tile * TX + tx;
-    if (column >= call.columns || ty >= TY) return;
-    const i64 element = column * A::V, channel = channel_at<A>(call, element);
-    lane.take(shared, channel - channels.first, (channel + 1) * call.S - element, count);
-    const i64 from = share.block * quads + ty, left = call.rows - from * UNROLL;
+    const i64 column = share.tile * TX + tx, element = column * A::V, from = share.block * quads + ty;
     i64 begin = from * UNROLL * call.row + element, word = from * call.columns + column;
-    for (i64 quad = ty; quad < quads; quad += TY) {
-        const i64 live = left - (quad - ty) * UNROLL;
-        if (live <= 0) break;
+    i64 live = column < call.columns && ty < TY ? call.rows - from * UNROLL : 0;
+    rows.fetch(call, begin, 0, live);
+    prepare();
+    if (live <= 0) return;
+    const i64 channel = channel_at<A>(call, element);
+    lane.take(shared, channel - channels.first, (channel + 1) * call.S - element, count);
+    for (i64 quad = ty;;) {
         visit(begin, word, live < UNROLL ? (int)live : (int)UNROLL);
+        quad += TY;
+        live -= TY * UNROLL;
+        if (quad >= quads || live <= 0) return;
         begin += TY * UNROLL * call.row;
         word += TY * call.columns;
+        rows.fetch(call, begin, 0, live);
     }
 }
 
 // Adds g and g * (x - shift) to first and second; writes dx = scale * g (less p times what the statistics
 // pass on, in a repair) and dresidual = g where wanted.
-template <class A, int M, bool SUM, bool REPAIR>
-__device__ void sweep(const Shared<A>& shared, const Call& call, Share share, Channels channels,
+template <class A, int M, bool SUM, bool REPAIR, class Prepare>
+__device__ void sweep(const Shared<A>& shared, const Call& call, Share share, Channels channels, Prepare prepare,
                       typename A::real first[], typename A::real second[]) {
     typedef typename A::T T;
     typedef typename A::real real;
@@ -63,30 +85,27 @@ __device__ void sweep(const Shared<A>& shared, const Call& call, Share share, Ch
     const real p = (real)call.part[0].weight;
     void *const dx_to = REPAIR || call.writes ? call.dx : 0, *const dresidual_to = REPAIR || call.writes ? call.dresidual : 0;
     Lane<A> lane;
+    Rows<A, STEP, READS_X, M != MOMENTS> rows;
+    rows.others = call.dy;
+    rows.last = M != MOMENTS;
     everywhere<A>(
         shared, call, share, REPAIR ? call.share : call.summing, channels, REPAIR ? (int)COEFFICIENTS : M == MOMENTS ? 1 : 3, lane,
-        [&](i64 begin, i64 word, int live) {
+        rows, prepare, [&](i64 begin, i64 word, int live) {
             u32 bits = 0;
             if (M == MASKED) bits = load((const typename Bits<V>::type*)call.mask + word);
             // In one channel few are added to few, and few such to many: rounding grows slowly.
             real few[A::K] = {}, products[A::K] = {}, *a = A::K > 1 ? first : few, *b = A::K > 1 ? second : products;
             #pragma unroll
             for (int h = 0; h < UNROLL; h += STEP) {
-                Pack<T, V> x[STEP], dy[STEP];
-                #pragma unroll
-                for (int u = 0; u < STEP; ++u)
-                    if (h + u < live) {
-                        if (READS_X) x[u] = load_raw<T, V>(call.x, begin + (h + u) * call.row, M != MOMENTS).unpacked();
-                        if (M != MOMENTS) dy[u] = load_raw<T, V>(call.dy, begin + (h + u) * call.row, true).unpacked();
-                    }
                 #pragma unroll
                 for (int u = 0; u < STEP; ++u) {
                     if (h + u >= live) continue;
+                    const Pack<T, V> x = rows.x[u].unpacked(), dy = rows.other[u].unpacked();
                     Pack<T, V> dx, dresidual;
                     #pragma unroll
                     for (int i = 0; i < V; ++i) {
-                        const real xi = READS_X ? widen(x[u].at[i]) : real(0);
-                        const real d = M == MOMENTS ? real(0) : widen(dy[u].at[i]);
+                        const real xi = READS_X ? widen(x.at[i]) : real(0);
+                        const real d = M == MOMENTS ? real(0) : widen(dy.at[i]);
                         const bool kept = bits >> ((h + u) * V + i) & 1;
                         const real g = gradient<A, M>(lane, i, d, xi, kept), deviation = xi - lane.at(SHIFT, i);
                         if (SUM) {
@@ -102,6 +121,7 @@ __device__ void sweep(const Shared<A>& shared, const Call& call, Share share, Ch
                     if (M != MOMENTS && dx_to) store<T, V>(dx_to, begin + (h + u) * call.row, dx);
                     if (M >= RELU && dresidual_to) store<T, V>(dresidual_to, begin + (h + u) * call.row, dresidual);
                 }
+                if (h + STEP < UNROLL) rows.fetch(call, begin, h + STEP, live);
             }
             if (SUM && A::K == 1) {
                 first[0] += few[0];
@@ -110,38 +130,36 @@ __device__ void sweep(const Shared<A>& shared, const Call& call, Share share, Ch
         });
 }
 
-template <class A, bool ACTIVATE, bool RESIDUAL>
-__device__ void normalize_everywhere(const Shared<A>& shared, const Call& call, Share share, Channels channels) {
+template <class A, bool ACTIVATE, bool RESIDUAL, class Prepare>
+__device__ void normalize_everywhere(const Shared<A>& shared, const Call& call, Share share, Channels channels, Prepare prepare) {
     typedef typename A::T T;
     typedef typename A::real real;
     enum { V = A::V, STEP = RESIDUAL ? (int)STEPS : (int)UNROLL };
     Lane<A> lane;
+    Rows<A, STEP, true, RESIDUAL> rows;
+    rows.others = call.residual;
+    rows.last = true;
     everywhere<A>(
-        shared, call, share, call.share, channels, 3, lane, [&](i64 begin, i64 word, int live) {
+        shared, call, share, call.share, channels, 3, lane, rows, prepare, [&](i64 begin, i64 word, int live) {
             u32 bits = 0;
             #pragma unroll
             for (int h = 0; h < UNROLL; h += STEP) {
-                Pack<T, V> x[STEP], residual[STEP];
-                #pragma unroll
-                for (int u = 0; u < STEP; ++u)
-                    if (h + u < live) {
-                        x[u] = load_raw<T, V>(call.x, begin + (h + u) * call.row, true).unpacked();
-                        if (RESIDUAL) residual[u] = load_raw<T, V>(call.residual, begin + (h + u) * call.row, true).unpacked();
-                    }
                 #pragma unroll
                 for (int u = 0; u < STEP; ++u) {
                     if (h + u >= live) continue;
+                    const Pack<T, V> x = rows.x[u].unpacked(), residual = rows.other[u].unpacked();
                     Pack<T, V> y;
                     #pragma unroll
                     for (int i = 0; i < V; ++i) {
-                        real z = fused(widen(x[u].at[i]) - lane.at(SHIFT, i), lane.at(SCALE, i), lane.at(OFFSET, i));
-                        if (RESIDUAL) z += widen(residual[u].at[i]);
+                        real z = fused(widen(x.at[i]) - lane.at(SHIFT, i), lane.at(SCALE, i), lane.at(OFFSET, i));
+                        if (RESIDUAL) z += widen(residual.at[i]);
                         if (ACTIVATE && z <= 0) z = 0;  // not of a NaN, which passes
                         else bits |= 1u << ((h + u) * V + i);
                         narrow(y.at[i], z);
                     }
                     store<T, V>(call.y, begin + (h + u) * call.row, y);
                 }
+                if (h + STEP < UNROLL) rows.fetch(call, begin, h + STEP, live);
             }
             if (ACTIVATE && RESIDUAL && call.mask) {
                 typedef typename Bits<V>::type bits_type;

@@ -76,16 +76,15 @@ template <class T, int V, Layout L, Mode M, bool SUM> __global__ void __launch_b
     const Share share = share_of_block();
     const Channels channels = channels_of<A>(call, share.tile);
     const auto channel = [&](int local) { return channel_of(call, channels, local); };
-    if (M == MOMENTS) {
+    const auto prepare = [&] {
+        if (M != MOMENTS) return load_table(shared, call, channels.count, false, channel);
         set_shifts(shared, call, channels.count, channel, [&](int local) {
             const bool begins_here = L == LAST || (channels.first + local) * call.S >= channels.element;
             return share.block == 0 && channels.first + local < call.C && begins_here;
         });
-    } else {
-        load_table(shared, call, channels.count, false, channel);
-    }
+    };
     real first[A::K] = {}, second[A::K] = {};
-    sweep<A, M, SUM, false>(shared, call, share, channels, first, second);
+    sweep<A, M, SUM, false>(shared, call, share, channels, prepare, first, second);
     if (!SUM) return;
     enum { ELEMENTS = V / A::K };  // of a column that share a sum
     const auto units = [&](int local) {
@@ -107,8 +106,9 @@ __global__ void __launch_bounds__(THREADS, NORMALIZE_BLOCKS - RESIDUAL) normaliz
     begin();
     const Share share = share_of_block();
     const Channels channels = channels_of<A>(call, share.tile);
-    load_table(shared, call, channels.count, false, [&](int local) { return channel_of(call, channels, local); });
-    normalize_everywhere<A, ACTIVATE, RESIDUAL>(shared, call, share, channels);
+    normalize_everywhere<A, ACTIVATE, RESIDUAL>(shared, call, share, channels, [&] {
+        load_table(shared, call, channels.count, false, [&](int local) { return channel_of(call, channels, local); });
+    });
 }
 
 template <class T, int V, Layout L, Mode M> __global__ void __launch_bounds__(THREADS, 2) repair(const __grid_constant__ Call call) {
@@ -117,8 +117,10 @@ template <class T, int V, Layout L, Mode M> __global__ void __launch_bounds__(TH
     begin();
     const Share share = share_of_block();
     const Channels channels = channels_of<A>(call, share.tile);
-    load_table(shared, call, channels.count, true, [&](int local) { return channel_of(call, channels, local); });
-    sweep<A, M, false, true>(shared, call, share, channels, 0, 0);
+    const auto prepare = [&] {
+        load_table(shared, call, channels.count, true, [&](int local) { return channel_of(call, channels, local); });
+    };
+    sweep<A, M, false, true>(shared, call, share, channels, prepare, 0, 0);
 }
 
 template <class T, int V, Layout L, Mode M> __global__ void __launch_bounds__(THREADS, 2) sums_of_places(const __grid_constant__ Call call) {
