@@ -75,11 +75,20 @@ template <class T, int V> __device__ inline void store(void* memory, i64 element
 template <class T> __device__ inline T load(const T* from) { return *from; }
 template <class T> __device__ inline void store(T* to, T value) { *to = value; }
 
-// Waits until the kernel in front of this one on the stream has ended: blocks may be launched while it does. (It does
-// not allow them any earlier: measured, they take the multiprocessors from it.)
+// Waits until the kernel in front of this one on the stream has ended, and all in front of that: blocks may be launched
+// while it does.
 __device__ inline void begin() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel's blocks start once every block of this one has come here. Up to its own begin() such a kernel may
+// read what was complete before this one's, and write nothing. Small kernels alone: a large one's successor would
+// take the multiprocessors from it (measured).
+__device__ inline void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 

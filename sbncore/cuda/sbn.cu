@@ -99,14 +99,15 @@ template <class T, int V, Layout L, Mode M, bool SUM> __global__ void __launch_b
     });
 }
 
+// The kernel in front is finish_forward: x and residual were complete before it.
 template <class T, int V, Layout L, bool ACTIVATE, bool RESIDUAL>
 __global__ void __launch_bounds__(THREADS, NORMALIZE_BLOCKS - RESIDUAL) normalize(const __grid_constant__ Call call) {
     typedef Access<T, V, L> A;
     SHARED(Shared<A>, shared);
-    begin();
     const Share share = share_of_block();
     const Channels channels = channels_of<A>(call, share.tile);
     normalize_everywhere<A, ACTIVATE, RESIDUAL>(shared, call, share, channels, [&] {
+        begin();
         load_table(shared, call, channels.count, false, [&](int local) { return channel_of(call, channels, local); });
     });
 }
@@ -155,11 +156,12 @@ template <class T, int V, Layout L, Mode M> __global__ void __launch_bounds__(TH
     }
 }
 
+// The kernel in front is finish_backward: x, dy and the mask were complete before it.
 template <class T, int V, Layout L, Mode M> __global__ void __launch_bounds__(THREADS, 2) repair_places(const __grid_constant__ Call call) {
     typedef Access<T, V, L> A;
     typedef typename A::real real;
     SHARED(Shared<A>, shared);
-    begin();
+    if (call.onto) begin();  // dx is from the kernel in front
     const Share share = share_of_block();
     const Columns<A> columns(call, share);
     Lane<A> lane;
@@ -167,6 +169,7 @@ template <class T, int V, Layout L, Mode M> __global__ void __launch_bounds__(TH
         const Part& part = call.part[k];
         const auto prepare = [&] {
             if (k) return;
+            begin();
             load_table(shared, call, columns.count, true, [&](int local) { return columns.begin + local; });
             if (columns.mine) lane.take(shared, columns.tx * A::K, 0, COEFFICIENTS);
         };
@@ -183,6 +186,7 @@ template <class T, Layout L> __global__ void __launch_bounds__(THREADS) finish_f
     typedef Access<T, 1, L> A;
     typedef typename A::real real;
     begin();
+    let_next_start();
     if (call.step && call.step_kept && blockIdx.x == 0 && threadIdx.x == 0) store(call.step_kept, load(call.step));
     const bool sampled = call.prior < 1;
     const auto give = [&](int k, i64 c) {
@@ -221,6 +225,7 @@ template <class T, Layout L> __global__ void __launch_bounds__(THREADS) finish_f
 
 template <class T, Layout L> __global__ void __launch_bounds__(THREADS) finish_backward(const __grid_constant__ Call call) {
     begin();
+    let_next_start();
     const auto give = [&](int k, i64 c) { return k < STATE ? load(call.state + k * call.C + c) : 0; };
     finish_channels<Access<T, 1, L>>(call, true, give, [&](i64 c, const double total[2], Given given) {
         const double rounding = given[MEAN] - given[STATE_SHIFT], rstd = given[RSTD], scale = given[STATE_SCALE];

@@ -222,6 +222,7 @@ template <class T> T& shared_memory() {
     return *(T*)&emulator::shared[0];
 }
 inline void begin() {}
+inline void let_next_start() {}
 #define SHARED(type, name) auto& name = shared_memory<type>()
 
 inline void block_barrier() { emulator::yield(emulator::AT_BARRIER); }
