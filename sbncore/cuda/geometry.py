@@ -202,9 +202,11 @@ def places(sizes: Sizes, parts: tuple[Runs, ...], vector: int, multiprocessors: 
     if last:
         vector = sizes.vector if C % sizes.vector == 0 else 1
     columns = C // vector if last else C
-    tile = 1 if not last else min(columns, WIDE if vector > 1 else 4 * WIDE)
+    # channels-first: so many channels, and below so many blocks, that all are resident at once
+    wide = WIDE if not last or vector > 1 else 4 * WIDE
+    tile = min(wide, columns if last else -(-C // (PLACES * multiprocessors)))
     tiles, height = -(-columns // tile), THREADS // tile
-    most = max(1, min(-(-PLACES * multiprocessors // tiles), MOST))
+    most = max(1, min(PLACES * multiprocessors // tiles, MOST))
     width = 1 if last else vector
     pieces = tuple(pieces_of(runs, words_of(runs, width, S), height, most) for runs in parts)
     blocks = [
