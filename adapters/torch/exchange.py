@@ -1,6 +1,8 @@
-"""Tensors as the functional API's views, and back: on the CPU by their addresses, else by DLPack."""
+"""Tensors as the functional API's views, and back: by their addresses where nothing waits, else by DLPack."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,18 +12,34 @@ from sbncore import arrays, dlpack
 from sbncore.adapters.torch.tensors import ELEMENTS, address
 
 
-def view_of(tensor: Tensor) -> np.ndarray | None:
-    """Return a CPU tensor's memory as NumPy's array of its storage type, or None where DLPack must try.
+def view_of(tensor: Tensor) -> Any:
+    """Return a tensor's memory as NumPy's or CuPy's array of its storage type, or None where DLPack must try.
 
-    `torch.Tensor.numpy` would do, but leaves the tensor's storage unresizable for good.
+    `torch.Tensor.numpy` would do, but leaves the tensor's storage unresizable for good. On a GPU DLPack lets
+    one stream wait for another; where both are the same, it takes ten times as long for nothing.
     """
     element = ELEMENTS.get(tensor.dtype)
-    if element is None or not tensor.is_cpu or tensor.layout is not torch.strided or tensor.is_neg():
+    if element is None or tensor.layout is not torch.strided or tensor.is_neg():
         return None
     dtype = arrays.STORAGE[element]
     strides = tuple(stride * dtype.itemsize for stride in tensor.stride())
-    memory = dlpack.Memory(address(tensor), tuple(tensor.shape), strides, dtype, dlpack.CPU, 0, "", tensor)
-    return dlpack.numpy_view(memory)
+    kind, index = (dlpack.CPU, 0) if tensor.is_cpu else (dlpack.CUDA[0], tensor.get_device())
+    memory = dlpack.Memory(address(tensor), tuple(tensor.shape), strides, dtype, kind, index, "", tensor)
+    if tensor.is_cpu:
+        return dlpack.numpy_view(memory)
+    if tensor.is_cuda and tensor.numel() and _on_one_stream(tensor):
+        return dlpack.cupy_view(memory)
+    return None
+
+
+def _on_one_stream(tensor: Tensor) -> bool:
+    """Return whether CuPy's current device is the tensor's, and its current stream torch's."""
+    from sbncore.cuda.device import cupy
+
+    runtime, index = cupy().cuda, tensor.get_device()
+    if runtime.runtime.getDevice() != index:
+        return False
+    return bool(runtime.get_current_stream().ptr == torch.cuda.current_stream(index).cuda_stream)
 
 
 def tensor_of(view: np.ndarray, like: Tensor) -> Tensor | None:
