@@ -1,5 +1,6 @@
 """Hypothesis strategies named by what they draw: samplers, shapes, layouts, whole cases."""
 
+import ctypes
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +9,12 @@ from product import DTYPES
 
 import sbncore as sbn
 from sbncore import reference
+
+
+def runs_of(drawn):
+    """Return begin, length and weight of the runs that compiled code has drawn, as `Plan.runs`."""
+    kinds = (drawn.begin, ctypes.c_int64), (drawn.length, ctypes.c_int64), (drawn.share, ctypes.c_double)
+    return [np.array((kind * drawn.count).from_address(begin)) for begin, kind in kinds]
 
 
 def ratios():

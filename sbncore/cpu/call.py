@@ -12,6 +12,7 @@ import numpy as np
 
 from sbncore.arrays import STORAGE, address
 from sbncore.cpu import draws, engine, kernels, threads, tuning
+from sbncore.cpu.draws import Drawn
 from sbncore.cpu.record import EVERYTHING, PRECOMPUTED, SAMPLE, Record
 from sbncore.cpu.tuning import CACHE_LINE
 from sbncore.plans import Draw, Plan, Runs
@@ -19,7 +20,7 @@ from sbncore.signature import ROWS, Pointers, Scalars, Signature, step_at
 
 KEPT_RUNS = 64  # draws of a Call whose runs are kept for backward: layers of one signature in a network
 KEPT_PLACES = 8  # the same, where a draw is spelled out place by place
-NOWHERE = Runs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
+NOWHERE = Drawn.of(Runs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)))
 CLAIMS = Record.claims.offset
 _ADDRESSES = struct.Struct("<23q")  # from Record.x on
 _CONSTANTS = struct.Struct("<4d")  # from Record.prior on
@@ -54,11 +55,11 @@ class Call:
         self._forward = lru_cache(maxsize=256)(self._prepare_forward)
         self._backward = lru_cache(maxsize=256)(self._prepare_backward)
 
-    def _find(self, compiled: Callable[[int, int, int], Runs] | None) -> Callable[[Draw | None], Runs]:
-        def find(draw: Draw | None) -> Runs:
+    def _find(self, compiled: Callable[[Draw], Drawn] | None) -> Callable[[Draw | None], Drawn]:
+        def find(draw: Draw | None) -> Drawn:
             if draw is not None and compiled is not None and draws.fits(draw):
-                return compiled(*draw)
-            return Plan(self.recipe, draw).runs
+                return compiled(draw)
+            return Drawn.of(Plan(self.recipe, draw).runs)
 
         return find
 
@@ -69,7 +70,7 @@ class Call:
         self, at: Pointers, draw: Draw | None, scalars: Scalars, stream: int | None = None
     ) -> None:
         runs = self.runs(draw) if self.recipe.prior < 1 else NOWHERE
-        prepared = self._forward(len(runs.begin), at.y > 0, at.mask > 0)
+        prepared = self._forward(runs.count, at.y > 0, at.mask > 0)
         record = Record.from_buffer_copy(prepared.template)
         _CONSTANTS.pack_into(
             record, Record.prior.offset, self.recipe.prior, scalars.eps, scalars.momentum, scalars.unbiased
@@ -95,11 +96,8 @@ class Call:
     def given(self, dweight: Any, dbias: Any, rows: Any) -> tuple[Any, Any]:
         return dbias, dweight
 
-    def _differentiate(self, at: Pointers, runs: Runs, sums_over: int) -> None:
-        drawn, repairs, room = len(runs.begin), at.dx > 0, None
-        total = np.empty(2 * self.channels)
-        if sums_over != PRECOMPUTED:
-            at = at._replace(sums=address(total))
+    def _differentiate(self, at: Pointers, runs: Drawn, sums_over: int) -> None:
+        drawn, repairs, room = runs.count, at.dx > 0, None
         if not repairs and at.dresidual:  # a kernel writes both or neither
             room = np.empty(self.elements, self.storage)
             at = at._replace(dx=address(room))
@@ -156,18 +154,19 @@ class Call:
         return Prepared(kernel, bytes(record), partial, scratch)
 
     def _run(
-        self, prepared: Prepared, record: Record, at: Pointers, runs: Runs
+        self, prepared: Prepared, record: Record, at: Pointers, runs: Drawn
     ) -> None:
         """Give the record its addresses and scratch memory, and run its kernel on it."""
         kernel, _, partial, scratch = prepared
         count = threads.count(self.division.tasks) if engine.parallel(self.elements) else 1
-        room, here = np.empty(CACHE_LINE + partial + count * scratch, np.uint8), addressof(record)
-        begin, length, share = map(address, runs)
+        total = partial + count * scratch
+        room, here = np.empty(CACHE_LINE + total + 16 * self.channels, np.uint8), addressof(record)
         first = (address(room) + CACHE_LINE - 1) & -CACHE_LINE
         _ADDRESSES.pack_into(
             record, Record.x.offset, at.x, at.y, at.residual, at.mask, at.dy, at.dx, at.dresidual, at.state,
             at.weight, at.bias, at.running_mean, at.running_var, at.dweight, at.dbias, at.prior_mean,
-            at.prior_var, begin, length, share, at.sums, first, here + CLAIMS, first + partial,
+            at.prior_var, runs.begin, runs.length, runs.share, at.sums or first + total, first, here + CLAIMS,
+            first + partial,
         )  # fmt: skip
         threads.run(kernel, here, count)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from ctypes import addressof
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +17,21 @@ FEW = 4  # runs of a map, that are drawn here
 LARGEST = 2**63 - 1  # of an int64
 
 
+class Drawn(NamedTuple):
+    """A plan's runs as kernels read them: their number and addresses, and what keeps the memory."""
+
+    count: int
+    begin: int
+    length: int
+    share: int
+    memory: Any
+
+    @classmethod
+    def of(cls, runs: Runs) -> Drawn:
+        """Return runs that are spelled out."""
+        return cls(len(runs.begin), *map(address, runs), runs)
+
+
 def takes(recipe: Recipe) -> bool:
     """Whether the runs of a recipe are found here."""
     if len(recipe.parts) != 1:
@@ -26,8 +42,8 @@ def takes(recipe: Recipe) -> bool:
     return type(part) is MapPlaces and part.positions <= FEW * part.length
 
 
-def drawing(recipe: Recipe) -> Callable[[int, int, int], Runs]:
-    """Return what finds the runs of a recipe that is taken here, of (seed, layer, step), signed words."""
+def drawing(recipe: Recipe) -> Callable[[Draw], Drawn]:
+    """Return what finds the runs of a recipe that is taken here, of a draw whose words are int64s."""
     part = recipe.parts[0]
     fixed = {
         "stream": part.key, "first": part.first, "rows": part.rows, "S": recipe.S,
@@ -35,8 +51,8 @@ def drawing(recipe: Recipe) -> Callable[[int, int, int], Runs]:
     }  # fmt: skip
     if isinstance(part, WholeSamples):
         if recipe.full:
-            everything = Plan(recipe).runs
-            return lambda *_: everything
+            everything = Drawn.of(Plan(recipe).runs)
+            return lambda draw: everything
         name, most = "whole_samples", part.samples
         fixed |= {"samples": part.samples, "stride": part.stride}
     else:
@@ -48,21 +64,20 @@ def drawing(recipe: Recipe) -> Callable[[int, int, int], Runs]:
             "common": part.common,
         }  # fmt: skip
     template, share = bytes(Argument(**fixed)), np.empty(most)  # all draws write the same weights
-    row = 8 * most
+    weights, row = address(share), 8 * most
 
-    def draw(seed: int, layer: int, step: int) -> Runs:
+    def find(draw: Draw) -> Drawn:
         places = compiled(name)
         if places is None:  # by a process's first kernel
-            return Plan(recipe, Draw(seed, layer, step)).runs
-        record, room = Argument.from_buffer_copy(template), np.empty((2, most), np.int64)
-        record.seed, record.layer, record.step = seed, layer, step
-        record.begin, record.share = address(room), address(share)
-        record.length = record.begin + row
+            return Drawn.of(Plan(recipe, draw).runs)
+        record, room = Argument.from_buffer_copy(template), np.empty(2 * most, np.int64)
+        begin = address(room)
+        record.seed, record.layer, record.step = draw
+        record.begin, record.length, record.share = begin, begin + row, weights
         places(addressof(record))
-        count = record.count
-        return Runs(room[0, :count], room[1, :count], share[:count])
+        return Drawn(record.count, begin, begin + row, weights, (room, share))
 
-    return draw
+    return find
 
 
 def fits(draw: Draw) -> bool:

@@ -56,7 +56,9 @@ class Call:
         self.mask = mask_size(signature) if relu and residual else 0
         self.mode = "MASKED" if self.mask else "RELU" if relu else "PLAIN"
         self.tables = [table_size(part, recipe.S) for part in recipe.parts]
-        self.memory = max(self._size(over_places) for over_places in (False, True))
+        self._offsets = {over_places: self._divide_memory(over_places) for over_places in (False, True)}
+        self.memory = max(size for *_, size in self._offsets.values())
+        self._forward = lru_cache(maxsize=2)(self._prepare_forward)
         self._backward = lru_cache(maxsize=16)(self._prepare_backward)
 
     def drawn(self, plan: Plan) -> tuple[Draw | None, Any]:
@@ -68,18 +70,12 @@ class Call:
         recipe = self.signature.recipe
         if not recipe.apart and draw is not None and at.step:
             raise ValueError("plan: expected parts that share no samples where an array holds the step")
-        launches, between, numbers = [], Between(), Numbers()
-        if recipe.prior < 1:
-            launches = [*self._tables(), self._moments()]
-            between, numbers = self._between(at.memory, not recipe.full)
-        total = self.values if recipe.full else sum(part.weight for part in recipe.parts)
-        numbers = numbers._replace(
-            prior=recipe.prior, eps=scalars.eps, momentum=scalars.momentum, unbiased=scalars.unbiased,
-            total_scale=1 / total if total else 0.0, skip_nonfinite=scalars.skip_nonfinite,
+        launches, total_scale, blocks = self._forward(at.y > 0)
+        between = self._between(at.memory, not recipe.full)
+        numbers = Numbers(
+            recipe.prior, *scalars[:3], total_scale, scalars.skip_nonfinite, from_places=not recipe.full,
+            from_blocks=blocks,
         )  # fmt: skip
-        launches.append(self._finish("forward"))
-        if at.y:
-            launches.append(self._normalize(self.signature.relu, self.signature.residual))
         step_kept = at.state + 8 * ROWS * self.channels if at.step else 0
         filled = record.filled(self.template, at, between, numbers, step_kept, self._keys(draw, at.step))
         self.device.launch(launches, filled, stream)
@@ -89,29 +85,43 @@ class Call:
     ) -> None:
         recipe = self.signature.recipe
         launches, through, sampled = self._backward(gradient, at.dx > 0, at.dresidual > 0)
-        between, numbers = self._between(at.memory, sampled)
-        scale = self.values / (1 - recipe.prior) if sampled else 1.0
-        numbers = numbers._replace(total_scale=scale, writes=not (through and recipe.full))
+        between = self._between(at.memory, sampled)
+        numbers = Numbers(
+            total_scale=self.values / (1 - recipe.prior) if sampled else 1.0, from_places=sampled,
+            from_blocks=self._sums_left(sampled)[0], writes=not (through and recipe.full),
+        )  # fmt: skip
         filled = record.filled(self.template, at, between, numbers, 0, self._keys(draw, at.step))
-        self._launch_repaired(launches, filled, through, stream)
+        self._launch(launches, filled, through, stream)
 
     def repair(self, at: Pointers, draw: Draw | None, stream: int | None = None) -> None:
         if not self.signature.recipe.parts:
             return
-        between, numbers = self._between(at.memory, True)
-        between = between._replace(partial=at.sums)
-        numbers = numbers._replace(total_scale=1.0, from_blocks=1)
+        between = self._between(at.memory, True)._replace(partial=at.sums)
+        numbers = Numbers(total_scale=1.0, from_places=True, from_blocks=1)
         filled = record.filled(self.template, at, between, numbers, 0, self._keys(draw, at.step))
-        self._launch_repaired([*self._tables(), self._finish("backward")], filled, True, stream)
+        launches = [*self._tables(), self._finish("backward"), self._repair()]
+        self._launch(launches, filled, True, stream)
 
     def given(self, dweight: Any, dbias: Any, rows: Any) -> tuple[Any, Any]:
         mean, _, rstd, shift = rows[:4]
         return dbias, dweight / rstd + (mean - shift) * dbias
 
+    def _prepare_forward(self, writes: bool) -> tuple[list[Launch], float, int]:
+        """Return the launches, what makes the weights sum to 1, and how many blocks leave sums."""
+        recipe, launches, blocks = self.signature.recipe, [], 0
+        if recipe.prior < 1:
+            launches = [*self._tables(), self._moments()]
+            blocks, _ = self._sums_left(not recipe.full)
+        launches.append(self._finish("forward"))
+        if writes:
+            launches.append(self._normalize(self.signature.relu, self.signature.residual))
+        total = self.values if recipe.full else sum(part.weight for part in recipe.parts)
+        return launches, 1 / total if total else 0.0, blocks
+
     def _prepare_backward(
         self, gradient: str, writes: bool, residual: bool
     ) -> tuple[list[Launch], bool, bool]:
-        """Return the launches but for the repair, whether there is one, and whether the sample is summed."""
+        """Return the launches, whether the last is a repair, and whether the sample is summed."""
         recipe = self.signature.recipe
         flows = gradient != "detached" and recipe.parts != ()
         through, sampled = flows and writes, flows and gradient == "sampled" and not recipe.full
@@ -121,22 +131,23 @@ class Call:
         if not sampled or writes or residual:
             options = f"{self.mode},{'false' if sampled else 'true'}"
             launches.append(self._over("sums", self.summing, options))
-        return [*launches, self._finish("backward")], through, sampled
+        launches.append(self._finish("backward"))
+        return [*launches, self._repair()] if through else launches, through, sampled
 
-    def _launch_repaired(
-        self, launches: list[Launch], filled: bytes, through: bool, stream: int | None
-    ) -> None:
-        """Launch what leaves the sums, then the repair, if any: of parts that overlap one by one."""
+    def _repair(self) -> Launch:
+        if self.signature.recipe.full:
+            return self._over("repair", self.writing, self.mode)
+        return self._over("repair_places", self.places, self.mode)
+
+    def _launch(self, launches: list[Launch], filled: bytes, through: bool, stream: int | None) -> None:
+        """Launch the kernels, the last of them, if it is a repair, for parts that overlap one by one."""
         recipe = self.signature.recipe
-        over: tuple[str, Sweep | Places] = "repair_places", self.places
-        if recipe.full:
-            over = "repair", self.writing
-        repair = self._over(*over, self.mode)
-        together = recipe.full or recipe.apart
-        self.device.launch([*launches, repair] if through and together else launches, filled, stream)
-        if through and not together:
-            for k in range(len(recipe.parts)):
-                self.device.launch([repair], record.of_part(filled, k), stream)
+        if not through or recipe.full or recipe.apart:
+            self.device.launch(launches, filled, stream)
+            return
+        self.device.launch(launches[:-1], filled, stream)
+        for k in range(len(recipe.parts)):
+            self.device.launch(launches[-1:], record.of_part(filled, k), stream)
 
     def _tables(self) -> list[Launch]:
         """Return the launch that fills the tables of drawn values, if there are any."""
@@ -168,23 +179,24 @@ class Call:
             return self.places.blocks, self.channels
         return self.summing.blocks, self.summing.slots
 
-    def _size(self, over_places: bool) -> int:
-        """Return the bytes of temporary memory: see `_between`."""
+    def _divide_memory(self, over_places: bool) -> tuple[int, int, dict[int, int], int]:
+        """Return where in temporary memory sums, shifts and the tables of parts begin, and its size."""
         blocks, slots = self._sums_left(over_places)
-        bytes_of_sums = (2 * blocks * slots + self.channels) * self.real
-        return 16 * self.channels + -(-bytes_of_sums // 8) * 8 + 4 * sum(self.tables)
-
-    def _between(self, memory: int, over_places: bool) -> tuple[Between, Numbers]:
-        """Return what is where in temporary memory, and how the sums are to be read."""
-        blocks, slots = self._sums_left(over_places)
-        partial = memory + 16 * self.channels
+        partial = 16 * self.channels  # behind the slopes
         shift = partial + 2 * blocks * slots * self.real
-        tables, begin = {}, partial + -(-(2 * blocks * slots + self.channels) * self.real // 8) * 8
+        size, tables = shift + -(-self.channels * self.real // 8) * 8, {}
         for k, count in enumerate(self.tables):
             if count:
-                tables[k] = begin
-            begin += 4 * count
-        return Between(partial, shift, memory, tables), Numbers(from_places=over_places, from_blocks=blocks)
+                tables[k] = size
+            size += 4 * count
+        return partial, shift, tables, size
+
+    def _between(self, memory: int, over_places: bool) -> Between:
+        """Return the addresses within temporary memory."""
+        partial, shift, tables, _ = self._offsets[over_places]
+        return Between(
+            memory + partial, memory + shift, memory, {k: memory + begin for k, begin in tables.items()}
+        )
 
     def _keys(self, draw: Draw | None, step: int) -> Keys:
         streams = [part.key for part in self.signature.recipe.parts]
