@@ -14,7 +14,7 @@ from sbncore import reference
 def runs_of(drawn):
     """Return begin, length and weight of the runs that compiled code has drawn, as `Plan.runs`."""
     kinds = (drawn.begin, ctypes.c_int64), (drawn.length, ctypes.c_int64), (drawn.share, ctypes.c_double)
-    return [np.array((kind * drawn.count).from_address(begin)) for begin, kind in kinds]
+    return [np.array((kind * drawn.number).from_address(begin)) for begin, kind in kinds]
 
 
 def ratios():

@@ -21,7 +21,7 @@ from sbncore.hashing import stream_key  # noqa: E402
 def forget():
     """Empty every cache of calls."""
     arguments._prepared.clear()
-    engine._passed.clear()
+    engine._prepared.clear()
     call.call_for.cache_clear()
 
 

@@ -40,6 +40,7 @@ def emulated(monkeypatch):
         monkeypatch.setattr(engine, "address", address)
         calls = functools.cache(lambda signature: cuda.Call(signature._replace(device=0)))
         monkeypatch.setattr(engine, "call_for", calls)
+        monkeypatch.setattr(engine, "_prepared", {})
 
     return run
 

@@ -5,6 +5,7 @@ Nothing here waits for a GPU but where a sampler's parts overlap.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -21,8 +22,8 @@ from sbncore.plans import Draw, Plan, Recipe
 from sbncore.signature import ROWS, Call, Pointers, Scalars, Signature, step_at
 
 Vectors = tuple[Tensor | None, ...]  # weight, bias, running_mean, running_var, prior_mean, prior_var
-State = tuple[Tensor, Tensor]  # values and the step, the mask
-_passed: set[Any] = set()
+State = tuple[Tensor, Tensor | None]  # values and the step, the mask
+_prepared: dict[Any, Prepared] = {}
 
 
 class Sample(NamedTuple):
@@ -60,66 +61,118 @@ def step_in(state: Tensor) -> Tensor | int:
     return step_at(address(state) + 8 * (state.numel() - 1)).value
 
 
-def check(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
-    running_mean: Tensor | None, running_var: Tensor | None, recipe: Recipe, eps: float, relu: bool,
-) -> None:  # fmt: skip
-    """Complain about what the engine does not take; what has passed once is not checked again.
+class Prepared(NamedTuple):
+    """What the checks of tensors such as these have found."""
+
+    call: Call | None  # None for tensors without elements
+    layout: Layout  # of x, or of the copy that the engine takes
+    direct: bool  # whether the engine takes all tensors as they lie
+
+
+def prepared(
+    x: Tensor, vectors: Vectors, residual: Tensor | None, recipe: Recipe, eps: float, relu: bool
+) -> Prepared:
+    """Return what is decided for a forward of tensors such as these: found, or checked.
 
     Raises:
         ValueError: naming the argument.
         RuntimeError: for a dtype or a device that does not fit, as torch.
     """
-    tensors = x, weight, bias, residual, running_mean, running_var
-    looks = [None if t is None else (t.shape, t.dtype, t.get_device()) for t in tensors]
-    key = (*looks, recipe, type(eps), eps, relu)
-    if key in _passed:
-        return
-    prior = (running_mean, running_var) if recipe.prior > 0 else (None, None)
+    tensors = x, residual, *vectors
+    key = (recipe, relu, eps, type(eps), *[None if t is None else _look(t) for t in tensors])
+    return _prepared.get(key) or _remembered(key, _checked(tensors, recipe, eps, relu))
+
+
+def _look(tensor: Tensor) -> tuple[Any, ...]:
+    """Return what tells a tensor from others, but for its memory."""
+    odd = tensor.is_neg() or (tensor.is_cuda and address(tensor) % 16 > 0)
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device(), odd
+
+
+def _remembered(key: Any, found: Prepared) -> Prepared:
+    if len(_prepared) >= SIGNATURES:
+        _prepared.clear()
+    _prepared[key] = found
+    return found
+
+
+def _checked(tensors: Vectors, recipe: Recipe, eps: float, relu: bool) -> Prepared:
     try:
-        given = x, weight, bias, residual, None, running_mean, running_var, *prior
         # a negative view is copied, and what was written to the copy is written back
-        views = arguments.borrowed(Arguments(*[None if t is None else t.resolve_neg() for t in given]))
+        x, residual, weight, bias, *others = (None if t is None else t.resolve_neg() for t in tensors)
+        views = arguments.borrowed(Arguments(x, weight, bias, residual, None, *others))
         options = Options(eps, activation="relu" if relu else None, fewest=1)
         arguments.checked(views, Plan(recipe), options)
     except TypeError as complaint:
         raise RuntimeError(str(complaint)) from None
-    if len(_passed) >= SIGNATURES:
-        _passed.clear()
-    _passed.add(key)
+    x, residual, *vectors = tensors
+    assert x is not None
+    held, layout = dense(x)
+    call = _call(held, layout, recipe, relu, residual is not None)
+    same = held is x and (residual is None or dense_as(residual, x) is residual)
+    taken = call is None or all(a is b for a, b in zip(vectors, _taken(vectors, x, call), strict=True))
+    return Prepared(call, layout, same and taken)
+
+
+def _taken(vectors: Sequence[Tensor | None], x: Tensor, call: Call) -> Vectors:
+    """Return vectors as the engine takes them, copies if need be."""
+    kinds = (PARAMETER[x.dtype],) * 4 + (getattr(torch, call.prior_element),) * 2
+    return tuple(vector(each, kind) for each, kind in zip(vectors, kinds, strict=True))
 
 
 def forward(
     x: Tensor, vectors: Vectors, residual: Tensor | None, plan: Plan, scalars: Scalars, relu: bool,
     writes: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return y, the state and the mask; move the running statistics among the vectors."""
-    x, layout = dense(x)
-    new, C = x.new_empty, layout.C
-    y, state = empty_like(x) if writes else new(0), new(ROWS * C + 1, dtype=torch.float64)
-    if not x.numel():
-        return y, _of_nothing(state, C, vectors[4:]), new(0, dtype=torch.uint8)
-    call = _call(x, layout, plan.recipe, relu, residual is not None)
-    added = None if residual is None else dense_as(residual, x)
-    kinds = (PARAMETER[x.dtype],) * 4 + (getattr(torch, call.prior_element),) * 2
-    held = [vector(each, kind) for each, kind in zip(vectors, kinds, strict=True)]
+) -> tuple[Tensor | None, Tensor, Tensor | None]:  # fmt: skip
+    """Return y, the state and the mask, if there are any; move the running statistics among the vectors.
+
+    Raises:
+        As `prepared`, before any write.
+    """
+    ready, held = prepared(x, vectors, residual, plan.recipe, scalars.eps, relu), vectors
+    call, C = ready.call, ready.layout.C
+    if not ready.direct:
+        x, _ = dense(x)
+        residual = None if residual is None else dense_as(residual, x)
+        held = vectors if call is None else _taken(vectors, x, call)
+    new = x.new_empty
+    y, state = empty_like(x) if writes else None, new(ROWS * C + 1, dtype=torch.float64)
+    if call is None:
+        mask = new(0, dtype=torch.uint8) if relu and residual is not None else None
+        return y, _of_nothing(state, C, vectors[4:]), mask
     memory = new(call.memory, dtype=torch.uint8) if call.memory else None
     # between a mask's rows lie bytes that nobody writes
-    mask = (new if x.is_cuda else x.new_zeros)(call.mask, dtype=torch.uint8)
-    weight, bias, *moved, prior_mean, prior_var = map(address, held)
+    mask = (new if x.is_cuda else x.new_zeros)(call.mask, dtype=torch.uint8) if call.mask else None
+    weight, bias, mean, var, prior_mean, prior_var = map(address, held)
     draw, step = plan.draw, 0 if plan.step is None else address(plan.step)
     at = Pointers(
-        y=address(y), x=address(x), residual=address(added), mask=address(mask), state=address(state),
-        memory=address(memory), weight=weight, bias=bias, running_mean=moved[0], running_var=moved[1],
+        y=address(y), x=address(x), residual=address(residual), mask=address(mask), state=address(state),
+        memory=address(memory), weight=weight, bias=bias, running_mean=mean, running_var=var,
         prior_mean=prior_mean, prior_var=prior_var, step=step,
     )  # fmt: skip
     call.forward(at, draw, scalars, stream_of(x))
     if x.is_cuda and draw is not None and not step:
         state[-1:].view(torch.int64).fill_(draw.step)
-    for tensor, copy in zip(vectors[2:4], held[2:4], strict=True):
-        if copy is not tensor and tensor is not None and copy is not None:
-            tensor.copy_(copy)
+    if held is not vectors:
+        for tensor, copy in zip(vectors[2:4], held[2:4], strict=True):
+            if copy is not tensor and tensor is not None and copy is not None:
+                tensor.copy_(copy)
     return y, state, mask
+
+
+def _differentiated(
+    x: Tensor, dy: Tensor, mask: Tensor | None, recipe: Recipe, relu: bool
+) -> tuple[Tensor, Tensor, Prepared]:
+    """Return x and dy as the engine takes them, and what is decided for a backward of such tensors."""
+    residual = mask is not None and mask.numel() > 0
+    key = (recipe, relu, residual, _look(x), _look(dy))
+    ready = _prepared.get(key)
+    if ready is not None and ready.direct:
+        return x, dy, ready
+    held, layout = dense(x)
+    like = dense_as(dy, held)
+    call = _call(held, layout, recipe, relu, residual)
+    return held, like, _remembered(key, Prepared(call, layout, held is x and like is dy))
 
 
 def backward(
@@ -129,36 +182,36 @@ def backward(
 
     Those of the parameters are of the engine's type. The residual's is memory of its own.
     """
-    x, layout = dense(x)
-    dy = dense_as(dy, x)
-    new, C, (values, mask) = x.new_empty, layout.C, state
+    values, mask = state
+    x, dy, ready = _differentiated(x, dy, mask, plan.recipe, relu)
+    call, C, new, kind = ready.call, ready.layout.C, x.new_empty, PARAMETER[x.dtype]
     dx = empty_like(x) if needs[0] else None
     dresidual = None if not needs[3] else empty_like(x) if relu else dy.clone()
-    sums = [new(C, dtype=PARAMETER[x.dtype]) if needed else None for needed in needs[1:3]]
-    if not x.numel():
-        return dx, *(None if each is None else each.zero_() for each in sums), dresidual
-    call = _call(x, layout, plan.recipe, relu, mask.numel() > 0)
+    dweight = new(C, dtype=kind) if needs[1] else None
+    dbias = new(C, dtype=kind) if needs[2] else None
+    if call is None:
+        return dx, *(None if each is None else each.zero_() for each in (dweight, dbias)), dresidual
     memory = new(call.memory, dtype=torch.uint8) if call.memory else None
     at = Pointers(
-        dx=address(dx), dresidual=address(dresidual) if relu else 0, dweight=address(sums[0]),
-        dbias=address(sums[1]), x=address(x), dy=address(dy), mask=address(mask), state=address(values),
+        dx=address(dx), dresidual=address(dresidual) if relu else 0, dweight=address(dweight),
+        dbias=address(dbias), x=address(x), dy=address(dy), mask=address(mask), state=address(values),
         memory=address(memory), step=0 if plan.step is None else address(plan.step),
     )  # fmt: skip
     call.backward(at, plan.draw, gradient, stream_of(x))
-    return dx, *sums, dresidual
+    return dx, dweight, dbias, dresidual
 
 
 def repair(
     dx: Tensor, dy: Tensor, x: Tensor, state: State, plan: Plan, relu: bool, sums: tuple[Tensor, Tensor]
 ) -> None:
     """`sbncore.repair`, of a dx by `backward` and sums (dweight, dbias) in float64."""
-    x, layout = dense(x)
-    if not x.numel():
-        return
     values, mask = state
-    call = _call(x, layout, plan.recipe, relu, mask.numel() > 0)
-    dy, memory = dense_as(dy, x), x.new_empty(call.memory, dtype=torch.uint8)
-    given = call.given(*sums, values[:-1].view(ROWS, layout.C))
+    x, dy, ready = _differentiated(x, dy, mask, plan.recipe, relu)
+    call = ready.call
+    if call is None:
+        return
+    memory = x.new_empty(call.memory, dtype=torch.uint8)
+    given = call.given(*sums, values[:-1].view(ROWS, ready.layout.C))
     total = torch.stack(given).to(getattr(torch, call.sums_element))
     at = Pointers(
         dx=address(dx), x=address(x), dy=address(dy), mask=address(mask), state=address(values),
@@ -172,7 +225,9 @@ def stream_of(x: Tensor) -> int:
     return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
 
 
-def _call(x: Tensor, layout: Layout, recipe: Recipe, relu: bool, residual: bool) -> Call:
+def _call(x: Tensor, layout: Layout, recipe: Recipe, relu: bool, residual: bool) -> Call | None:
+    if not x.numel():
+        return None
     device = x.get_device() if x.is_cuda else None
     return call_for(Signature(layout, ELEMENTS[x.dtype], device, recipe, relu, residual))
 

@@ -7,6 +7,7 @@ anew what forward drew.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,7 +43,8 @@ def outputs(
     """Return tensors of the shapes and strides of forward's results, for a compiler."""
     y = torch.empty_like(x, memory_format=format_of(x))
     state = x.new_empty(ROWS * x.shape[1] + 1, dtype=torch.float64)
-    mask = x.new_empty(_mask_size(y) if relu and residual is not None else 0, dtype=torch.uint8)
+    masked = relu and residual is not None
+    mask = x.new_empty(_mask_size(y), dtype=torch.uint8) if masked else x.new_empty(0)
     mean, var = (x.new_empty(0) if r is None else torch.empty_like(r) for r in running)
     return y, state, mask, mean, var
 
@@ -51,21 +53,15 @@ def _forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
     running_mean: Tensor | None, running_var: Tensor | None, step: Tensor, sampler: str, seed: int,
     layer: int, momentum: float, eps: float, relu: bool, skip_nonfinite: bool, *, in_place: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    plan = plan_of(x, Sample(sampler, seed, layer), step)
-    engine.check(x, weight, bias, residual, running_mean, running_var, plan.recipe, eps, relu)
-    if running_mean is None or running_var is None:
-        mean = var = None
-    elif in_place:
-        mean, var = running_mean, running_var
-        torch.autograd.graph.increment_version((mean, var))
-    else:
-        mean, var = running_mean.clone(), running_var.clone()
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    plan, mean, var = plan_of(x, Sample(sampler, seed, layer), step), running_mean, running_var
+    if not in_place and mean is not None and var is not None:
+        mean, var = mean.clone(), var.clone()
     prior = (running_mean, running_var) if plan.prior > 0 else (None, None)
     scalars = Scalars(eps, momentum, unbiased(plan.effective_count), skip_nonfinite)
     y, state, mask = engine.forward(x, (weight, bias, mean, var, *prior), residual, plan, scalars, relu)
-    if mean is None or var is None:
-        mean, var = x.new_empty(0), x.new_empty(0)
+    if in_place and mean is not None and var is not None:
+        torch.autograd.graph.increment_version((mean, var))
     return y, state, mask, mean, var
 
 
@@ -78,32 +74,31 @@ def _fake_forward(
 
 
 _library.define(
-    "backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor state, Tensor mask, str sampler,"
+    "backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor state, Tensor? mask, str sampler,"
     " int seed, int layer, bool relu, str gradient, bool[] needs)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)"
 )
 
 
 def _backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, state: Tensor, mask: Tensor,
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, state: Tensor, mask: Tensor | None,
     sampler: str, seed: int, layer: int, relu: bool, gradient: str, needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     plan = plan_of(x, Sample(sampler, seed, layer), engine.step_in(state))
-    results = engine.backward(dy, x, (state, mask), plan, gradient, relu, needs)
-    likes = (x, weight, bias, x)
-    return tuple(  # type: ignore[return-value]
-        x.new_empty(0) if one is None
-        else one if like is None or one.dtype is like.dtype else one.to(like.dtype)
-        for one, like in zip(results, likes, strict=True)
-    )  # fmt: skip
+    dx, *sums, dresidual = engine.backward(dy, x, (state, mask), plan, gradient, relu, needs)
+    for k, parameter in enumerate((weight, bias)):
+        one = sums[k]
+        if one is not None and parameter is not None and one.dtype is not parameter.dtype:
+            sums[k] = one.to(parameter.dtype)
+    return dx, *sums, dresidual
 
 
 def _fake_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, state: Tensor, mask: Tensor,
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, state: Tensor, mask: Tensor | None,
     sampler: str, seed: int, layer: int, relu: bool, gradient: str, needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     likes = (x, weight, bias, x)
-    return tuple(  # type: ignore[return-value]
+    return tuple(
         torch.empty_like(like) if needed and like is not None else x.new_empty(0)
         for like, needed in zip(likes, needs, strict=True)
     )
@@ -120,9 +115,19 @@ def _mask_size(x: Tensor) -> int:
     return mask_size(layout)
 
 
+def _all_tensors(function: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """Return an operator of a function: its schema knows no None among results."""
+
+    def operator(first: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        results = function(first, *arguments)
+        return tuple(first.new_empty(0) if one is None else one for one in results)
+
+    return operator
+
+
 for name, real, fake in (("forward", _forward, _fake_forward), ("backward", _backward, _fake_backward)):
     for key in ("CPU", "CUDA"):
-        _library.impl(name, real, key)
+        _library.impl(name, _all_tensors(real), key)
     torch.library.register_fake(f"sbncore::{name}", fake, lib=_library)
 
 FORWARD = torch.ops.sbncore.forward.default
@@ -131,20 +136,21 @@ BACKWARD = torch.ops.sbncore.backward.default
 
 def forward(
     tensors: tuple[Any, ...], options: tuple[Any, ...], in_place: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Call the operator; by torch's dispatcher when a mode, compiler or profiler is active.
 
-    ``in_place`` allows to move the running statistics themselves, which are then the results.
+    ``in_place`` allows to move the running statistics themselves, which are then the results. What there is
+    not is None, or by the dispatcher an empty tensor.
     """
     if unseen(tensors[0]):
-        return _forward(*tensors, *options, in_place=in_place)
+        return _forward(*tensors, *options, in_place=in_place)  # type: ignore[return-value]
     return FORWARD(*tensors, *options)  # type: ignore[no-any-return]
 
 
-def backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """As `forward`."""
     if unseen(dy):
-        return _backward(dy, *arguments)
+        return _backward(dy, *arguments)  # type: ignore[return-value]
     return BACKWARD(dy, *arguments)  # type: ignore[no-any-return]
 
 

@@ -49,10 +49,9 @@ class BatchNormOverRanks(torch.autograd.Function):
         layer = ops.word(options.layer + RANK * dist.get_rank(group))
         sample = Sample(options.sampler, options.seed, layer, fewest=1)
         plan = engine.plan_of(x, sample, step)
-        engine.check(
-            x, weight, bias, residual, running_mean, running_var, plan.recipe, options.eps, options.relu
-        )
         prior = (running_mean, running_var) if plan.prior > 0 else (None, None)
+        vectors = weight, bias, running_mean, running_var, *prior
+        engine.prepared(x, vectors, residual, plan.recipe, options.eps, options.relu)
         _, local, _ = engine.forward(
             x, (None, None, None, None, *prior), None, plan, Scalars(1.0), False, writes=False
         )

@@ -27,28 +27,28 @@ def check(
             torch.func's transforms.
         ValueError: for virtual samples that nobody has appended, and running statistics that share memory.
     """
-    if not torch.compiler.is_compiling():
-        _check_transforms()
-        _check_forward_mode(input, weight, bias)
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        _check_transforms(input, weight, bias)
     if input.dtype not in DTYPES:
         raise NotImplementedError(f"input: expected one of {DTYPES}, got {input.dtype}")
     if (running_mean is None) != (running_var is None):
         raise RuntimeError("running_mean, running_var: expected both or neither, got one of them")
-    vectors, C = (weight, bias, running_mean, running_var), input.shape[1]
+    vectors, channels = (weight, bias, running_mean, running_var), input.shape[1:2]
     for vector in vectors:
-        if vector is not None and (vector.numel() != C or vector.ndim != 1):
+        if vector is not None and vector.shape != channels:
             raise RuntimeError(_lengths(vectors, input))
     if input.is_meta and any(vector is not None and not vector.is_meta for vector in vectors):
         raise RuntimeError("input: expected a tensor on the layer's device, got one on the meta device")
     count = layer.sampler.virtual
     if count and not layer.own_rows:
         _check_rows(layer, count, input)
-    if running_mean is not None and running_mean is running_var:
-        raise ValueError("running_var: expected memory apart from running_mean's, got the same tensor")
-    if running_mean is None or running_mean.is_meta or torch.compiler.is_compiling():
+    if running_mean is None or running_var is None:
         return
-    if type(running_mean) in PLAIN:
-        _check_apart(vectors, 8 * C)
+    if running_mean is running_var:
+        raise ValueError("running_var: expected memory apart from running_mean's, got the same tensor")
+    if not compiling and type(running_mean) in PLAIN and not running_mean.is_meta:
+        _check_apart(vectors, 8 * channels[0])
 
 
 def leaf(layer: Any, input: fx.Proxy, residual: Any) -> Any:
@@ -60,7 +60,7 @@ def leaf(layer: Any, input: fx.Proxy, residual: Any) -> Any:
     return input.tracer.create_proxy("call_module", path, arguments, {})
 
 
-def _check_transforms() -> None:
+def _check_transforms(*tensors: Tensor | None) -> None:
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             "sampled batch normalization in training does not support torch.func's transforms (grad, vjp, "
@@ -71,11 +71,8 @@ def _check_transforms() -> None:
             "sampled batch normalization in training does not support torch.jit.trace, which would record "
             "one step's draw: trace the layer in evaluation mode, or use torch.compile"
         )
-
-
-def _check_forward_mode(*tensors: Tensor | None) -> None:
     forward = torch.autograd.forward_ad
-    if forward._current_level >= 0 and any(  # type: ignore[attr-defined]
+    if forward._current_level >= 0 and any(
         t is not None and forward.unpack_dual(t).tangent is not None for t in tensors
     ):
         raise RuntimeError(

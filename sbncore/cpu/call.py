@@ -70,7 +70,7 @@ class Call:
         self, at: Pointers, draw: Draw | None, scalars: Scalars, stream: int | None = None
     ) -> None:
         runs = self.runs(draw) if self.recipe.prior < 1 else NOWHERE
-        prepared = self._forward(runs.count, at.y > 0, at.mask > 0)
+        prepared = self._forward(runs.number, at.y > 0, at.mask > 0)
         record = Record.from_buffer_copy(prepared.template)
         _CONSTANTS.pack_into(
             record, Record.prior.offset, self.recipe.prior, scalars.eps, scalars.momentum, scalars.unbiased
@@ -97,10 +97,11 @@ class Call:
         return dbias, dweight
 
     def _differentiate(self, at: Pointers, runs: Drawn, sums_over: int) -> None:
-        drawn, repairs, room = runs.count, at.dx > 0, None
+        repairs, room = at.dx > 0, None
         if not repairs and at.dresidual:  # a kernel writes both or neither
             room = np.empty(self.elements, self.storage)
             at = at._replace(dx=address(room))
+        drawn = runs.number
         prepared = self._backward(drawn, at.dx > 0, at.dresidual > 0, repairs and drawn > 0, sums_over)
         self._run(prepared, Record.from_buffer_copy(prepared.template), at, runs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from ctypes import addressof
 from typing import Any, NamedTuple
@@ -15,12 +16,14 @@ from sbncore.plans import Draw, MapPlaces, Plan, Recipe, Runs, WholeSamples
 
 FEW = 4  # runs of a map, that are drawn here
 LARGEST = 2**63 - 1  # of an int64
+_WORDS = struct.Struct("<3q")  # from Argument.seed on
+_ADDRESSES = struct.Struct("<3q")  # from Argument.begin on
 
 
 class Drawn(NamedTuple):
-    """A plan's runs as kernels read them: their number and addresses, and what keeps the memory."""
+    """A plan's runs as kernels read them: how many there are, their addresses, and what keeps the memory."""
 
-    count: int
+    number: int
     begin: int
     length: int
     share: int
@@ -29,7 +32,8 @@ class Drawn(NamedTuple):
     @classmethod
     def of(cls, runs: Runs) -> Drawn:
         """Return runs that are spelled out."""
-        return cls(len(runs.begin), *map(address, runs), runs)
+        begin, length, share = map(address, runs)
+        return cls(len(runs.begin), begin, length, share, runs)
 
 
 def takes(recipe: Recipe) -> bool:
@@ -72,8 +76,8 @@ def drawing(recipe: Recipe) -> Callable[[Draw], Drawn]:
             return Drawn.of(Plan(recipe, draw).runs)
         record, room = Argument.from_buffer_copy(template), np.empty(2 * most, np.int64)
         begin = address(room)
-        record.seed, record.layer, record.step = draw
-        record.begin, record.length, record.share = begin, begin + row, weights
+        _WORDS.pack_into(record, Argument.seed.offset, *draw)
+        _ADDRESSES.pack_into(record, Argument.begin.offset, begin, begin + row, weights)
         places(addressof(record))
         return Drawn(record.count, begin, begin + row, weights, (room, share))
 
@@ -82,4 +86,5 @@ def drawing(recipe: Recipe) -> Callable[[Draw], Drawn]:
 
 def fits(draw: Draw) -> bool:
     """Whether a draw's words are int64s."""
-    return min(draw) >= -LARGEST - 1 and max(draw) <= LARGEST
+    seed, layer, step = draw
+    return -LARGEST <= seed <= LARGEST and -LARGEST <= layer <= LARGEST and -LARGEST <= step <= LARGEST
