@@ -34,24 +34,27 @@ def build(kinds, source=None, optimize=True):
         f'{{"{name}", [](void* call) {{ {name}(*(const Call*)call); }}}},'
         for name in names
     )
-    headers = [(EMULATOR / name).read_text() for name in ("device.h", "host.h")]
-    digest = hashlib.sha256("\n".join([text, table, str(optimize), *headers]).encode()).hexdigest()[:16]
+    before, behind = ((EMULATOR / name).read_text() for name in ("device.h", "host.h"))
+    behind = behind.replace('#include "instances.inc"', table)
+    return library(f"{before}\n{text}\n{behind}", "-O1" if optimize else "-O0", "-ffp-contract=off")
+
+
+def library(source, *options):
+    """Compile a library from C++, kept by its text; return its path."""
+    digest = hashlib.sha256("\n".join([source, *options]).encode()).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"sbncore-emulator-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    library = folder / f"{digest}.so"
-    if not library.exists():
+    kept = folder / f"{digest}.so"
+    if not kept.exists():
         with tempfile.TemporaryDirectory(dir=folder) as work:
-            Path(work, "instances.inc").write_text(table)
-            unit = Path(work, "kernels.cpp")
-            unit.write_text(f'#include "{EMULATOR}/device.h"\n{text}\n#include "{EMULATOR}/host.h"\n')
-            made = Path(work, "made.so")
+            unit, made = Path(work, "unit.cpp"), Path(work, "made.so")
+            unit.write_text(source)
             subprocess.run(
-                ["g++", "-std=c++17", "-O1" if optimize else "-O0", "-ffp-contract=off", "-w",
-                 "-fPIC", "-shared", f"-I{work}", str(unit), "-o", str(made)],
+                ["g++", "-std=c++17", "-w", *options, "-fPIC", "-shared", str(unit), "-o", str(made)],
                 check=True, capture_output=True, text=True,
             )  # fmt: skip
-            made.rename(library)
-    return library
+            made.rename(kept)
+    return kept
 
 
 class EmulatedDevice:
@@ -114,6 +117,16 @@ class EmulatedDevice:
         begin, nbytes = array.__array_interface__["data"][0], array.nbytes
         if nbytes and self._named.get(begin, (0,))[0] < nbytes:
             self._named[begin] = (nbytes, np.full(nbytes, written, np.uint8), array)
+
+    def forget(self, begin):
+        """Let the kernels no longer touch what begins there."""
+        self._named.pop(begin, None)
+
+    def mark(self, begin, nbytes):
+        """Count bytes of named arrays as written, by other than kernels."""
+        for first, (size, written, _) in self._named.items():
+            if begin < first + size and first < begin + nbytes:
+                written[max(begin - first, 0) : begin + nbytes - first] = 1
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 Needs CuPy, NumPy and pytest; PyTorch for bfloat16 and what concerns its tensors.
 """
 
+import ctypes
 import importlib.util
 import itertools
 import shutil
@@ -23,6 +24,10 @@ from sbncore import reference
 def missing():
     if importlib.util.find_spec("cupy") is None:
         return "CuPy is not installed"
+    try:  # without one CuPy is not imported: tests/stub_driver must be there before it
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "there is no NVIDIA driver"
     from sbncore.cuda.device import cupy
 
     try:

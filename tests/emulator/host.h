@@ -1,4 +1,4 @@
-// Follows the kernels: what the tests call. instances.inc lists the kernels.
+// Follows the kernels: what the tests call. `build` puts the list of kernels in place of instances.inc.
 
 struct Instance {
     const char* name;
