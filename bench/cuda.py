@@ -186,6 +186,6 @@ def _torch() -> Any:
 
 
 def _shared(cupy: Any, stream: Any) -> Any:
-    from sbncore.adapters.torch.exchange import Stream
+    from sbncore.cuda.views import Stream
 
     return cupy.cuda.Stream.from_external(Stream(stream.cuda_stream))

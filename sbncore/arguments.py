@@ -114,7 +114,7 @@ def checked(views: Arguments, plan: Plan, options: Options) -> Prepared:
         checks.output(views.out, x)
     element, call = ELEMENT[x.dtype], None
     if x.size:
-        device = None if isinstance(x, np.ndarray) else x.device.id
+        device = None if isinstance(x, np.ndarray) else x.index
         relu, residual = options.activation == "relu", views.residual is not None
         call = call_for(Signature(layout, element, device, plan.recipe, relu, residual))
     parameter = PARAMETER[element]

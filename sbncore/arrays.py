@@ -1,7 +1,6 @@
 """The caller's arrays in and out: views of any array that speaks DLPack, and back, no copies.
 
-Inside, an array is NumPy's, or on a GPU CuPy's, of its *storage* type: float64 and float32 as they are,
-float16 and bfloat16 as int16 and uint16 of their bits, since NumPy has no bfloat16 and Numba no float16.
+Inside, an array is NumPy's, or on a GPU a `DeviceView`, of its storage type.
 """
 
 from __future__ import annotations
@@ -17,9 +16,8 @@ import numpy as np
 
 from sbncore import dlpack
 from sbncore.interchange import exportable, way_back
+from sbncore.views import STORAGE, DeviceView
 
-STORAGE = {name: np.dtype(kind) for name, kind in zip(
-    ("float64", "float32", "float16", "bfloat16"), ("f8", "f4", "i2", "u2"), strict=True)}  # fmt: skip
 ELEMENT = {storage: name for name, storage in STORAGE.items()}
 PARAMETER = {"float64": "float64", "float32": "float32", "float16": "float32", "bfloat16": "float32"}
 LINE, LARGE = 64, 1 << 20  # bytes: a cache line, and memory worth beginning at one
@@ -28,8 +26,8 @@ LINE, LARGE = 64, 1 << 20  # bytes: a cache line, and memory worth beginning at 
 class Framework(NamedTuple):
     """An adapter's own views of its framework's arrays, and back, which are quicker than DLPack's."""
 
-    view: Callable[[Any], np.ndarray | None]  # in the storage type; None: DLPack must try
-    array: Callable[[np.ndarray, Any], Any]
+    view: Callable[[Any], Any]  # in the storage type; None: DLPack must try
+    array: Callable[[Any, Any], Any]  # of a view, as another array; None: DLPack must try
 
 
 FRAMEWORKS: dict[type, Framework] = {}  # by the type of their arrays; an adapter enters its own
@@ -42,8 +40,8 @@ def element_type(array: np.ndarray) -> str:
     return ELEMENT[array.dtype]
 
 
-def borrow(array: Array, name: str, written: bool = False) -> np.ndarray:
-    """Return a view of the caller's array in its storage type: NumPy's, or CuPy's of what is on a GPU.
+def borrow(array: Array, name: str, written: bool = False) -> Any:
+    """Return a view of the caller's array in its storage type: NumPy's, or a `DeviceView` of one on a GPU.
 
     Raises:
         TypeError: if it is no array, on another kind of device, of another dtype, or not in native byte
@@ -89,24 +87,56 @@ def borrow(array: Array, name: str, written: bool = False) -> np.ndarray:
 
 def giver(like: Array, view: np.ndarray) -> Callable[[np.ndarray], Array]:
     """Return `give` for results as ``view``, its way found: what is looked up before anything is written."""
-    if isinstance(like, type(view)) or type(like) in FRAMEWORKS:
-        return partial(give, like=like)
-    return way_back(like, view.dtype)
+    if not isinstance(like, type(view)) and type(like) not in FRAMEWORKS:
+        way_back(like, view.dtype)
+    return partial(give, like=like)
 
 
-def give(result: np.ndarray, like: Array) -> Array:
-    """Return an array of a storage type as the caller's own type of array, else as NumPy's."""
-    if isinstance(like, type(result)):
-        if result.dtype == np.int16:
-            return result.view(np.float16)
-        return result.view(like.dtype) if result.dtype == np.uint16 else result
+def give(result: Any, like: Array) -> Array:
+    """Return an array of a storage type as the caller's own type of array, else as NumPy's or CuPy's."""
     framework = FRAMEWORKS.get(type(like))
     array = None if framework is None else framework.array(result, like)
-    return way_back(like, result.dtype)(result) if array is None else array
+    if array is not None:
+        return array
+    result = computable(result)
+    if not isinstance(like, type(result)):
+        return way_back(like, result.dtype)(result)
+    if result.dtype == np.int16:
+        return result.view(np.float16)
+    return result.view(like.dtype) if result.dtype == np.uint16 else result
+
+
+def computable(view: Any) -> Any:
+    """Return an array that NumPy or CuPy can compute with."""
+    if not isinstance(view, DeviceView):
+        return view
+    from sbncore.cuda.views import array_of
+
+    return array_of(view)
+
+
+def viewed(array: Any) -> Any:
+    """Return the engine's view of an array that NumPy or CuPy has computed."""
+    if array is None or isinstance(array, np.ndarray | DeviceView):
+        return array
+    from sbncore.cuda.views import view_of
+
+    return view_of(array)
+
+
+def dense(view: Any) -> Any:
+    """Return a copy whose elements are dense, in C's order."""
+    return viewed(computable(view).copy(order="C"))
+
+
+def assign(view: Any, values: Any) -> None:
+    """Write values to the memory of a view."""
+    computable(view)[...] = computable(values)
 
 
 def widen(stored: np.ndarray) -> np.ndarray:
     """Return the values of a storage type in float64."""
+    stored = computable(stored)
     if stored.dtype == np.int16:
         stored = stored.view(np.float16)
     elif stored.dtype == np.uint16:
@@ -124,22 +154,22 @@ def address(view: np.ndarray) -> int:
     """Return where a borrowed array begins in memory."""
     if isinstance(view, np.ndarray):
         return _words[id(view) + _BEHIND >> 3]
-    return view.data.ptr  # type: ignore[no-any-return]
+    return view.address  # type: ignore[no-any-return]
 
 
 def vector(view: np.ndarray, element: str) -> np.ndarray:
     """Return an array (C,) as the engines read it: itself, or a dense copy of that element type."""
     dtype = STORAGE[element]
     if view.dtype != dtype:
-        return widen(view).astype(dtype)
-    dense = view.flags.c_contiguous and aligned(view)
-    return view if dense else view.copy()
+        return viewed(widen(view).astype(dtype))  # type: ignore[no-any-return]
+    return view if contiguous(view) and aligned(view) else dense(view)
 
 
 def narrow(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Return float32 or float64 values in a storage type, rounded to nearest even."""
     if dtype == values.dtype:
         return values
+    values = computable(values)
     if dtype != np.uint16:
         with np.errstate(over="ignore"):
             return values.astype("f2").view(dtype)
@@ -151,12 +181,19 @@ def narrow(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 def place(view: np.ndarray) -> str:
     """Return which device's memory a borrowed array is in, in words."""
-    return "the CPU" if isinstance(view, np.ndarray) else f"cuda:{view.device.id}"
+    return "the CPU" if isinstance(view, np.ndarray) else f"cuda:{view.index}"
 
 
-def on_device(view: np.ndarray) -> AbstractContextManager[Any]:
-    """Return a context in which a borrowed array's device is the current one."""
-    return _HERE if isinstance(view, np.ndarray) else view.device  # type: ignore[return-value]
+def on_device(view: np.ndarray, *others: Any) -> AbstractContextManager[Any]:
+    """Return a context in which a borrowed array's device is the current one.
+
+    On a GPU what is launched there waits for the frameworks of the other arrays.
+    """
+    if isinstance(view, np.ndarray):
+        return _HERE
+    from sbncore.cuda.views import Working
+
+    return Working(view, others)
 
 
 def aligned(view: np.ndarray) -> bool:
@@ -164,23 +201,26 @@ def aligned(view: np.ndarray) -> bool:
     16 bytes."""
     if isinstance(view, np.ndarray):
         return bool(view.flags.aligned)
-    return address(view) % 16 == 0
+    return view.address % 16 == 0
+
+
+def contiguous(view: np.ndarray) -> bool:
+    """Return whether an array's elements are dense in C's order."""
+    return bool(view.flags.c_contiguous) if isinstance(view, np.ndarray) else view.contiguous
 
 
 def look(view: np.ndarray) -> tuple[Any, ...]:
     """Return what tells a borrowed array from others, but for its memory."""
     if isinstance(view, np.ndarray):
         return view.shape, view.strides, view.dtype.char, view.flags.aligned
-    return view.shape, view.strides, view.dtype.char, address(view) % 16 == 0, view.device.id
+    return view.shape, view.strides, view.dtype.char, view.address % 16 == 0, view.index
 
 
 def new(view: np.ndarray, size: int, dtype: Any) -> np.ndarray:
     """Return new memory of so many elements on a borrowed array's device."""
     if isinstance(view, np.ndarray):
         return empty(size, dtype)
-    from sbncore.cuda.device import device_of
-
-    return device_of(view).empty(size, dtype)  # type: ignore[no-any-return]
+    return view.memory.new(size, np.dtype(dtype), view.index)
 
 
 def empty(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -213,11 +253,16 @@ def _unfit(name: str, dtype: object) -> str:
 
 
 def _from_gpu(array: Array, name: str, written: bool) -> Any:
+    from sbncore.cuda import views
     from sbncore.cuda.device import cupy
 
     xp = cupy()
     if isinstance(array, xp.ndarray):
-        return _as_storage(array, name)
+        FRAMEWORKS[xp.ndarray] = Framework(views.stored, views.as_cupys)
+        view = views.stored(array)
+        if view is None:
+            raise TypeError(_unfit(name, array.dtype))
+        return view
     stream = xp.cuda.get_current_stream().ptr or 1  # 1 is DLPack's name of the default stream
     try:
         memory = dlpack.memory_of(array, written, stream)
@@ -225,4 +270,4 @@ def _from_gpu(array: Array, name: str, written: bool) -> Any:
         raise TypeError(_unfit(name, complaint)) from None
     if written and memory.refusal:
         raise ValueError(f"{name}: expected a writeable array, got {memory.refusal}")
-    return dlpack.cupy_view(memory)
+    return views.view_of_memory(memory)

@@ -10,7 +10,7 @@ from numbers import Real
 import numpy as np
 
 from sbncore.arguments import Arguments, Options
-from sbncore.arrays import Array, borrow, on_device
+from sbncore.arrays import Array, borrow, computable, on_device
 from sbncore.checks import epsilon, rank
 from sbncore.drawing import Sampler, integer
 from sbncore.functional import moments_of
@@ -224,5 +224,6 @@ def _cheapest_first(layout: Layout) -> list[Sampler]:
 
 
 def _numpy(array: np.ndarray) -> np.ndarray:
+    array = computable(array)
     host: np.ndarray = array.get() if hasattr(array, "get") else array
     return host

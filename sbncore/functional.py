@@ -105,7 +105,7 @@ def run_forward(
     ready = prepared(views, plan, options)
     check_memory(views, options.in_place)
     back = giver(arguments.x, views.x)
-    with on_device(views.x):
+    with on_device(*views):
         x = ready.layout.flatten(views.x)
         y, state = run.forward(ready, views, x, plan, plan.count_beside(prior, x.size), moving)
         kinds = tuple(None if p is None else p.dtype for p in (views.weight, views.bias))
@@ -166,7 +166,7 @@ def backward(
         target = borrow(out, "out", written=True)
         checks.output(target, x)
         checks.apart(target, (view, x))
-    with on_device(view):
+    with on_device(saved.x, view, target):
         dx, dresidual, dweight, dbias = run.backward(saved, view, wanted, gradient, target)
         back = giver(saved.like, view)
         return Grads(
@@ -206,7 +206,7 @@ def repair(dx: Array, dy: Array, saved: Saved, dweight: Array, dbias: Array) -> 
     target = borrow(dx, "dx", written=True)
     checks.output(target, x, "dx")
     checks.apart(target, (view, x, *sums), name="dx")
-    with on_device(view):
+    with on_device(saved.x, view, target, *sums):
         run.repair(saved, target, view, sums)
 
 
@@ -237,7 +237,7 @@ def moments_of(
 ) -> Moments:
     """`moments` of views, in float64."""
     ready = prepared(views, plan, options)
-    with on_device(views.x):
+    with on_device(*views):
         x = ready.layout.flatten(views.x)
         count = plan.count_beside(prior, x.size)
         return run.forward(ready, views, x, plan, count, writes=False)[1].moments
@@ -268,7 +268,7 @@ def normalize(
     ready = prepared(views, plan, options)
     check_memory(views, options.in_place)
     back = giver(x, views.x)
-    with on_device(views.x):
+    with on_device(*views):
         y, _ = run.forward(ready, views, ready.layout.flatten(views.x), plan, 0.0, masks=False)
         return back(ready.layout.restore(y)) if out is None else out
 

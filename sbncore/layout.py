@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sbncore.arrays import aligned
+from sbncore.arrays import aligned, contiguous, dense
 
 
 class Layout(NamedTuple):
@@ -42,7 +42,7 @@ class Layout(NamedTuple):
         """Return the array's memory in this layout, flat: a view where it lies so already, else a copy."""
         ordered = self._ordered(array)
         if not _dense(ordered):
-            ordered = ordered.copy(order="C")
+            ordered = dense(ordered)
         return ordered.reshape(-1)
 
     def lies(self, array: np.ndarray) -> bool:
@@ -52,7 +52,7 @@ class Layout(NamedTuple):
     def restore(self, flat: np.ndarray) -> np.ndarray:
         """Return flat memory of this layout in the logical shape, as a view."""
         sizes, axes = _restoring(self)
-        array = flat.reshape(sizes)
+        array = flat.reshape(*sizes)
         return array if axes is None else array.transpose(axes)
 
     @property
@@ -82,7 +82,7 @@ def _restoring(layout: Layout) -> tuple[tuple[int, ...], tuple[int, ...] | None]
 
 
 def _dense(ordered: np.ndarray) -> bool:
-    return bool(ordered.flags.c_contiguous and aligned(ordered))
+    return contiguous(ordered) and aligned(ordered)
 
 
 def layout_of(array: np.ndarray, axis: int) -> Layout:
@@ -107,9 +107,9 @@ def _nearest(array: np.ndarray, axis: int) -> Layout:
     last, first = Layout(shape, axis, True), Layout(shape, axis, False)
     if first.S <= 1:
         return last
-    if first._ordered(array).flags.c_contiguous:
+    if contiguous(first._ordered(array)):
         return first
-    if last._ordered(array).flags.c_contiguous:
+    if contiguous(last._ordered(array)):
         return last
     spatial = [abs(s) for a, s in enumerate(array.strides) if a not in (0, axis) and shape[a] > 1]
     return last if abs(array.strides[axis]) < min(spatial) else first

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sbncore.arguments import Arguments, Prepared, dense_vectors
-from sbncore.arrays import PARAMETER, address, element_type, narrow, new, widen
+from sbncore.arrays import PARAMETER, address, assign, computable, element_type, narrow, new, viewed, widen
 from sbncore.layout import Layout
 from sbncore.plans import Plan
 from sbncore.saved import Saved, State
@@ -44,7 +44,7 @@ def forward(
     draw, step = call.drawn(plan)
     at = Pointers(
         y=_at(y), x=address(x), residual=_at(residual), mask=_at(mask), state=address(values),
-        memory=_at(memory), weight=_at(held.weight), bias=_at(held.bias), step=_at(step),
+        memory=_at(memory), weight=_at(held.weight), bias=_at(held.bias), step=_at(viewed(step)),
         running_mean=_at(held.running_mean), running_var=_at(held.running_var),
         prior_mean=_at(held.prior_mean), prior_var=_at(held.prior_var),
     )  # fmt: skip
@@ -60,19 +60,20 @@ def forward(
 def _write_back(ready: Prepared, views: Arguments, y: Any, held: Arguments) -> None:
     """Copy what was written to arrays that the engine cannot take as they lie."""
     if "out" in ready.copied and y is not None:
-        views.out[...] = ready.layout.restore(y)
+        assign(views.out, ready.layout.restore(y))
     for name in ("running_mean", "running_var"):
         if name in ready.copied:
             view = getattr(views, name)
-            view[...] = narrow(getattr(held, name), view.dtype)
+            assign(view, narrow(getattr(held, name), view.dtype))
 
 
 def _state_of_nothing(values: Any, views: Arguments, layout: Layout, count: float) -> State:
     """Return the state of an array without elements: the prior's moments, if there is one."""
-    values[...] = 0
+    rows = computable(values)
+    rows[...] = 0
     if views.prior_mean is not None:
-        values[: layout.C] = widen(views.prior_mean)
-        values[layout.C : 2 * layout.C] = widen(views.prior_var)
+        rows[: layout.C] = widen(views.prior_mean)
+        rows[layout.C : 2 * layout.C] = widen(views.prior_var)
     return State(values, None, count, layout.C, None, False)
 
 
@@ -92,7 +93,7 @@ def backward(
     if call is None:
         for each in sums:
             if each is not None:
-                each[...] = 0
+                computable(each)[...] = 0
     elif dx is not None or dresidual is not None or "weight" in wanted or "bias" in wanted:
         memory, flat = new(x, call.memory, "u1") if call.memory else None, layout.flatten(dy)
         at = Pointers(
@@ -104,7 +105,7 @@ def backward(
         if call.memory:
             state.memory["backward"] = memory, flat
         if out is not None and dx is not None and not direct:
-            out[...] = layout.restore(dx)
+            assign(out, layout.restore(dx))
     dweight, dbias = (
         None if each is None else narrow(each, dtype) for each, dtype in zip(sums, saved.kinds, strict=True)
     )
@@ -120,7 +121,7 @@ def repair(saved: Saved, dx: np.ndarray, dy: np.ndarray, sums: list[np.ndarray])
     memory = new(flat, call.memory, "u1") if call.memory else None
     total = new(flat, 2 * C, call.sums_element)
     for k, each in enumerate(call.given(widen(sums[0]), widen(sums[1]), state.rows)):
-        total[k * C : (k + 1) * C] = each
+        computable(total)[k * C : (k + 1) * C] = each
     at = Pointers(
         dx=address(flat), dy=address(gradients), x=address(saved.x), state=address(state.values),
         mask=_at(state.mask), memory=_at(memory), sums=address(total), step=state.step_address,
@@ -129,7 +130,7 @@ def repair(saved: Saved, dx: np.ndarray, dy: np.ndarray, sums: list[np.ndarray])
     if call.memory:
         state.memory["repair"] = memory, total, gradients
     if not layout.lies(dx):
-        dx[...] = layout.restore(flat)
+        assign(dx, layout.restore(flat))
 
 
 def _at(array: Any) -> int:

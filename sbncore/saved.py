@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sbncore.arrays import ELEMENT, LARGE, PARAMETER, address, borrow
+from sbncore.arrays import ELEMENT, LARGE, PARAMETER, address, borrow, computable
 from sbncore.interchange import detached
 from sbncore.layout import Layout
 from sbncore.plans import Draw, Plan
@@ -38,7 +38,7 @@ class State:
     @property
     def rows(self) -> Any:
         """The values of each channel, (ROWS, C)."""
-        return self.values[: ROWS * self.channels].reshape(ROWS, self.channels)
+        return computable(self.values)[: ROWS * self.channels].reshape(ROWS, self.channels)
 
     @property
     def step_address(self) -> int:
@@ -110,4 +110,5 @@ def probe(x: np.ndarray) -> bytes | None:
 
 def digest(x: Any) -> int:
     """Return a checksum of an array's values; from a GPU they are fetched."""
+    x = computable(x)
     return zlib.crc32(np.ascontiguousarray(x.get() if hasattr(x, "get") else x).data)

@@ -1,4 +1,4 @@
-"""Tensors as the functional API's views, and back: by their addresses where nothing waits, else by DLPack."""
+"""Tensors as the functional API's views, and back: by their addresses, else by DLPack."""
 
 from __future__ import annotations
 
@@ -10,40 +10,37 @@ from torch import Tensor
 
 from sbncore import arrays, dlpack
 from sbncore.adapters.torch.tensors import ELEMENTS, address
+from sbncore.views import DeviceMemory, DeviceView
+
+DTYPES = {
+    arrays.STORAGE[element]: dtype for dtype, element in ELEMENTS.items()
+} | {np.dtype("u1"): torch.uint8}  # fmt: skip
 
 
 def view_of(tensor: Tensor) -> Any:
-    """Return a tensor's memory as NumPy's or CuPy's array of its storage type, or None where DLPack must try.
+    """Return a tensor's memory as a view of its storage type, or None where DLPack must try.
 
-    `torch.Tensor.numpy` would do, but leaves the tensor's storage unresizable for good. On a GPU DLPack lets
-    one stream wait for another; where both are the same, it takes ten times as long for nothing.
+    `torch.Tensor.numpy` would do on the CPU, but leaves the tensor's storage unresizable for good.
     """
     element = ELEMENTS.get(tensor.dtype)
     if element is None or tensor.layout is not torch.strided or tensor.is_neg():
         return None
     dtype = arrays.STORAGE[element]
-    strides = tuple(stride * dtype.itemsize for stride in tensor.stride())
-    kind, index = (dlpack.CPU, 0) if tensor.is_cpu else (dlpack.CUDA[0], tensor.get_device())
-    memory = dlpack.Memory(address(tensor), tuple(tensor.shape), strides, dtype, kind, index, "", tensor)
+    shape, strides = tuple(tensor.shape), tuple(stride * dtype.itemsize for stride in tensor.stride())
+    if tensor.is_cuda:
+        return DeviceView(address(tensor), shape, strides, dtype, tensor.get_device(), tensor, MEMORY)
     if tensor.is_cpu:
+        memory = dlpack.Memory(address(tensor), shape, strides, dtype, dlpack.CPU, 0, "", tensor)
         return dlpack.numpy_view(memory)
-    if tensor.is_cuda and tensor.numel() and _on_one_stream(tensor):
-        return dlpack.cupy_view(memory)
     return None
 
 
-def _on_one_stream(tensor: Tensor) -> bool:
-    """Return whether CuPy's current device is the tensor's, and its current stream torch's."""
-    from sbncore.cuda.device import cupy
-
-    runtime, index = cupy().cuda, tensor.get_device()
-    if runtime.runtime.getDevice() != index:
-        return False
-    return bool(runtime.get_current_stream().ptr == torch.cuda.current_stream(index).cuda_stream)
-
-
-def tensor_of(view: np.ndarray, like: Tensor) -> Tensor | None:
-    """Return NumPy's memory of a storage type as a tensor, or None where DLPack must try."""
+def tensor_of(view: Any, like: Tensor) -> Tensor | None:
+    """Return a view of NumPy's memory or of PyTorch's as a tensor, None of another's."""
+    if isinstance(view, DeviceView) and view.memory is MEMORY:
+        tensor: Tensor = view.owner
+        itemsize = view.dtype.itemsize
+        return tensor.as_strided(view.shape, tuple(stride // itemsize for stride in view.strides))
     if not isinstance(view, np.ndarray):
         return None
     if view.dtype == np.uint16:
@@ -51,14 +48,16 @@ def tensor_of(view: np.ndarray, like: Tensor) -> Tensor | None:
     return torch.from_numpy(view.view(np.float16) if view.dtype == np.int16 else view)
 
 
-class Stream:
-    """A stream's address as CuPy takes it; torch's own streams speak this protocol from 2.10 on."""
+def _new(size: int, dtype: np.dtype, index: int) -> DeviceView:
+    memory = torch.empty(size, dtype=DTYPES[dtype], device=torch.device("cuda", index))
+    return DeviceView(memory.data_ptr(), (size,), (dtype.itemsize,), dtype, index, memory, MEMORY)
 
-    def __init__(self, address: int) -> None:
-        self._address = address
 
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self._address
+def _stream(index: int) -> int:
+    return torch.cuda.current_stream(index).cuda_stream
+
+
+MEMORY = DeviceMemory(_new, _stream)
 
 
 def register() -> None:

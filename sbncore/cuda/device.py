@@ -118,10 +118,3 @@ class Device:
 def device_at(index: int) -> Device:
     """Return the device of an index."""
     return Device(index)
-
-
-def device_of(array: Any) -> Device:
-    """Return the device of a CuPy array."""
-    return device_at(array.device.id)
-
-
