@@ -69,7 +69,7 @@ class Driver:
 
     def __init__(self):
         self.mallocs, self.launches, self.errors, self.kernels = [], [], [], {}
-        self.emulators = []
+        self.emulators, self.waits, self._events = [], [], {}
         self._threads = threading.local()
         self._owners = {}  # device of each address
         self._memory, self._pinned, self._streams, self._capturing, self._graphs = {}, {}, {}, {}, {}
@@ -78,6 +78,7 @@ class Driver:
     def begin(self, emulators):
         """Forget what was recorded; kernels run on these emulators, one for each device."""
         self.mallocs, self.launches, self.errors, self.emulators = [], [], [], emulators
+        self.waits = []
         self._threads = threading.local()
 
     # devices
@@ -133,15 +134,16 @@ class Driver:
         return 1 << 33, 1 << 33
 
     def pointerGetMemoryType(self, address):
-        return _ON_DEVICE if self._owner(address) is not None else 0
+        return _ON_DEVICE if self.owner(address) is not None else 0
 
     def pointerGetAttributes(self, address):
         import cupy
 
         attributes = cupy.cuda.runtime.PointerAttributes
-        return attributes(self._owner(address), address, 0, _ON_DEVICE)
+        return attributes(self.owner(address), address, 0, _ON_DEVICE)
 
-    def _owner(self, address):
+    def owner(self, address):
+        """Return the device that an address was allocated on; the pools that CuPy keeps do not tell."""
         for begin, memory in self._memory.items():
             if begin <= address < begin + memory.nbytes:
                 return self._owners[begin]
@@ -222,13 +224,13 @@ class Driver:
         pass
 
     def eventRecord(self, event, stream):
-        pass
+        self._events[event] = stream
 
     def eventSynchronize(self, event):
         pass
 
     def streamWaitEvent(self, stream, event, flags=0):
-        pass
+        self.waits.append((stream, self._events[event]))
 
     def _enqueue(self, stream, work):
         if stream in self._capturing:
@@ -299,6 +301,11 @@ def _allocate(memories, size):
     address = memory.ctypes.data
     memories[address] = memory
     return address
+
+
+def bytes_at(address, size):
+    """Return memory as ctypes has it."""
+    return (ctypes.c_uint8 * size).from_address(address)
 
 
 _KINDS = {
@@ -383,25 +390,25 @@ def hook():
 
         def malloc_postprocess(self, *, device_id, size, mem_size, mem_ptr, pmem_id):
             if size:
-                memory = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(mem_ptr))
+                memory = np.ctypeslib.as_array(bytes_at(mem_ptr, size))
                 memory.fill(emulation.UNWRITTEN)
-                DRIVER.emulators[device_id].name(memory, written=False)
+                DRIVER.emulators[DRIVER.owner(mem_ptr)].name(memory, written=False)
 
         def free_postprocess(self, *, device_id, mem_size, mem_ptr, pmem_id):
-            DRIVER.emulators[device_id].forget(mem_ptr)
+            DRIVER.emulators[DRIVER.owner(mem_ptr) or 0].forget(mem_ptr)
 
     return Hook()
 
 
 @pytest.fixture
 def cupy(monkeypatch):
-    """CuPy on the stub, with emulators for float32 and float16; `DRIVER` records what it is asked."""
+    """CuPy on the stub, with emulators of all types but float64; `DRIVER` records what it is asked."""
     load()
     import cupy
 
     for module, name, function in functions():
         monkeypatch.setattr(module, name, function, raising=False)
-    libraries = [emulation.build((kind,)) for kind in ("float", "float16")]
+    libraries = [emulation.build((kind,)) for kind in ("float", "float16", "bfloat16")]
     DRIVER.begin([emulation.EmulatedDevice(libraries) for _ in range(DEVICES)])
     monkeypatch.setattr(driver, "_library", lambda: DRIVER)
     compile_ = device.Device._compiled
