@@ -151,7 +151,7 @@ def test_a_call_waits_for_arrays_of_another_framework(cupy, framework, x):
     assert error(y, sbn.forward(x, weight, plan=PLAN)[0]) <= 1e-4
     DRIVER.waits.clear()
     with theirs:
-        y, saved = sbn.forward(cupy.array(x), Tensor(cupy.array(weight)), plan=PLAN)
+        y, _ = sbn.forward(cupy.array(x), Tensor(cupy.array(weight)), plan=PLAN)
         assert (theirs.ptr, stream.ptr) in DRIVER.waits and kernels()[-1].stream == theirs.ptr
         assert error(y.get(), sbn.forward(x, weight, plan=PLAN)[0]) <= 1e-4
 
