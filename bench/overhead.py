@@ -164,8 +164,9 @@ class Device:
     multiprocessors = 132
 
     def launch(self, launches: list[Launch], record: bytes, stream: int | None = None) -> None:
+        launch = driver.launcher(record, 0, overlap=True)
         for _, grid, threads in launches:
-            driver.launch(1, grid, threads, 0, record, overlap=True)
+            launch(1, grid, threads)
 
 
 def of_gpu(rounds: int) -> list[list[str]]:

@@ -9,7 +9,7 @@ import ctypes
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -110,18 +110,14 @@ def computable(view: Any) -> Any:
     """Return an array that NumPy or CuPy can compute with."""
     if not isinstance(view, DeviceView):
         return view
-    from sbncore.cuda.views import array_of
-
-    return array_of(view)
+    return _cuda().array_of(view)
 
 
 def viewed(array: Any) -> Any:
     """Return the engine's view of an array that NumPy or CuPy has computed."""
     if array is None or isinstance(array, np.ndarray | DeviceView):
         return array
-    from sbncore.cuda.views import view_of
-
-    return view_of(array)
+    return _cuda().view_of(array)
 
 
 def dense(view: Any) -> Any:
@@ -191,9 +187,7 @@ def on_device(view: np.ndarray, *others: Any) -> AbstractContextManager[Any]:
     """
     if isinstance(view, np.ndarray):
         return _HERE
-    from sbncore.cuda.views import Working
-
-    return Working(view, others)
+    return _cuda().Working(view, others)  # type: ignore[no-any-return]
 
 
 def aligned(view: np.ndarray) -> bool:
@@ -252,11 +246,18 @@ def _unfit(name: str, dtype: object) -> str:
     return f"{name}: expected dtype float64, float32, float16 or bfloat16, got {dtype}"
 
 
-def _from_gpu(array: Array, name: str, written: bool) -> Any:
+@cache
+def _cuda() -> Any:
+    """Return the views of CuPy's arrays, which import CuPy; an import statement takes 2 us in every call."""
     from sbncore.cuda import views
+
+    return views
+
+
+def _from_gpu(array: Array, name: str, written: bool) -> Any:
     from sbncore.cuda.device import cupy
 
-    xp = cupy()
+    xp, views = cupy(), _cuda()
     if isinstance(array, xp.ndarray):
         FRAMEWORKS[xp.ndarray] = Framework(views.stored, views.as_cupys)
         view = views.stored(array)

@@ -57,11 +57,6 @@ class Device:
         self._functions: list[Any] = []
         self._threads = threading.local()
 
-    def empty(self, shape: Any, dtype: Any) -> Any:
-        """Return new memory, from CuPy's pool."""
-        with self._device:
-            return self._cupy.empty(shape, dtype)
-
     def step(self, array: Any) -> Any:
         """Return a view of a plan's step.
 
@@ -88,9 +83,9 @@ class Device:
                 self._threads.has_context = True
             if stream is None:
                 stream = self._cupy.cuda.get_current_stream().ptr
+            launch = driver.launcher(record, stream, self._overlap)
             for name, grid, threads in launches:
-                kernel = self._kernels.get(name) or self._compiled(name)
-                driver.launch(kernel, grid, threads, stream, record, self._overlap)
+                launch(self._kernels.get(name) or self._compiled(name), grid, threads)
 
     def compile(self, names: Iterable[str]) -> None:
         """Compile kernels, which CuPy keeps on disk, before they are launched."""

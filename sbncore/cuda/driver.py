@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
 _CONFIG = struct.Struct("<7I4xQQI4x")  # CUlaunchConfig: grid, block, shared memory, stream, attributes
+_Arguments = ctypes.c_char_p * 1
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6
 
 
@@ -27,10 +29,8 @@ class Launch(NamedTuple):
     threads: int
 
 
-def launch(
-    function: int, grid: tuple[int, int], threads: int, stream: int, argument: bytes, overlap: bool
-) -> None:
-    """Launch a kernel on a stream, with the bytes of its one argument.
+def launcher(argument: bytes, stream: int, overlap: bool) -> Callable[[int, tuple[int, int], int], None]:
+    """Return what launches a kernel by its function, grid and threads, on a stream, with one argument.
 
     With ``overlap`` its blocks may be resident before the kernel in front of it has ended; it waits itself
     (``begin`` in device.cu). Needs compute capability 9.0 and a driver of CUDA 12.3 or later.
@@ -38,10 +38,15 @@ def launch(
     Raises:
         RuntimeError: with the driver's error.
     """
-    config = _CONFIG.pack(*grid, 1, threads, 1, 1, 0, stream, _OVERLAP_ADDRESS, overlap)
-    code = _library().cuLaunchKernelEx(config, function, (ctypes.c_char_p * 1)(argument), None)
-    if code:
-        raise RuntimeError(f"the CUDA driver refuses to launch a kernel: {_message(code)}")
+    enqueue, arguments = _library().cuLaunchKernelEx, _Arguments(argument)
+
+    def launch(function: int, grid: tuple[int, int], threads: int) -> None:
+        config = _CONFIG.pack(*grid, 1, threads, 1, 1, 0, stream, _OVERLAP_ADDRESS, overlap)
+        code = enqueue(config, function, arguments, None)
+        if code:
+            raise RuntimeError(f"the CUDA driver refuses to launch a kernel: {_message(code)}")
+
+    return launch
 
 
 @cache

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sbncore.cuda.device import cupy, device_at
+from sbncore.cuda.device import cupy
 from sbncore.dlpack import Memory
 from sbncore.views import STORAGE, DeviceMemory, DeviceView
 
@@ -117,7 +117,7 @@ def _wait(address: int, stream: Any) -> None:
 
 
 def _new(size: int, dtype: np.dtype, index: int) -> DeviceView:
-    return view_of(device_at(index).empty(size, dtype))
+    return view_of(cupy().empty(size, dtype))  # within `Working`, on the device of that index
 
 
 def _stream(index: int) -> int:
