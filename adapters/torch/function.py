@@ -36,13 +36,12 @@ class BatchNorm(torch.autograd.Function):
         tensors = (x, weight, bias, residual, running_mean, running_var, step)
         y, state, mask, mean, var = ops.forward(tensors, options[:-1], in_place)
         ctx.save_for_backward(x, weight, bias, state, mask)
-        if mean is running_mean:
-            mean = var = None
-        else:
-            ctx.mark_non_differentiable(mean, var)
+        moved = None if mean is running_mean else (mean, var)
+        if moved is not None:
+            ctx.mark_non_differentiable(*moved)
         ctx.set_materialize_grads(False)
         ctx.options = options
-        return y, mean, var
+        return y, *(moved or (None, None))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:

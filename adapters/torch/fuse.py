@@ -68,7 +68,7 @@ def _fuse(
     notes: list[str],
 ) -> None:
     """Fuse what the module's own forward calls, or else what each nn.Sequential in it calls."""
-    layers = {
+    layers: dict[SampledBatchNorm, str] = {
         layer: _join(name, inner)
         for inner, layer in reach(module)
         if isinstance(layer, SampledBatchNorm) and layer.activation is None
@@ -157,7 +157,7 @@ def _rewrite(module: nn.Module, graph: fx.Graph, edits: list[Edit]) -> None:
             # Read late: it may be another edit's ReLU, replaced by now.
             residual = next(node for node in edit.add.all_input_nodes if node is not edit.norm)
             with graph.inserting_before(edit.add):
-                fused = graph.call_module(edit.norm.target, edit.norm.args, {"residual": residual})
+                fused = graph.call_module(str(edit.norm.target), edit.norm.args, {"residual": residual})
         edit.relu.replace_all_uses_with(fused)
         for node in (edit.relu, edit.add, edit.norm):
             if node is not None and node is not fused:

@@ -53,6 +53,8 @@ class Untraced(Exception):
 class _Proxy(fx.Proxy):
     """A proxy that notes isinstance, and records ``a += b`` as what it is (fx makes it ``a = a + b``)."""
 
+    tracer: _Tracer
+
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         # isinstance(x, Tensor) comes here, and gets an answer that no tensor would give.
@@ -190,7 +192,7 @@ def find(
                 add = None if source is norm else source
                 edits.append(Edit(called[norm], norm, add, relu, called.get(relu)))
                 break
-            reasons[norm.target] = reason
+            reasons[str(norm.target)] = reason
         else:
             complaints.update(reasons)
     return edits, complaints
@@ -243,15 +245,21 @@ def _obstacle(
     if source is norm:
         return None
     written = source.args[0] if source.target in (operator.iadd, "add_") else norm
-    if written is not norm and not (
-        isinstance(called.get(written), SampledBatchNorm) and set(written.users) == {source}
-    ):
+    if written is not norm and not _private(written, SampledBatchNorm, called, source):
         return "the addition writes into a tensor that is not the layer's"
     # The layer is to be called where the addition stands. Nothing may have overwritten its input by then.
     between = norm.next
     while isinstance(called.get(between), _FRESH):
         between = between.next
-    taken = norm.args[0]
-    if between is not source and not (isinstance(called.get(taken), _FRESH) and set(taken.users) == {norm}):
+    if between is not source and not _private(norm.args[0], _FRESH, called, norm):
         return "what is added is computed after it, and its input may be overwritten until then"
     return None
+
+
+def _private(
+    value: object, kinds: type | tuple[type, ...], called: dict[fx.Node, nn.Module], user: fx.Node
+) -> bool:
+    """Return whether the value is the output of a module of these kinds that only the user reads."""
+    if not isinstance(value, fx.Node):
+        return False
+    return isinstance(called.get(value), kinds) and set(value.users) == {user}

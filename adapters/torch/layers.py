@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -55,6 +55,16 @@ class SampledBatchNorm(_BatchNorm):
 
     Source: Chen et al., IEEE TNNLS 32(1), 2021, section III.
     """
+
+    sampler: sbn.Sampler
+    gradient: str
+    activation: str | None
+    process_group: Any
+    seed: int
+    layer: int
+    skip_nonfinite: bool
+    own_rows: bool
+    untracked: Tensor
 
     def __init__(
         self,
@@ -130,35 +140,36 @@ class SampledBatchNorm(_BatchNorm):
             raise ValueError(
                 f"residual: expected shape {tuple(input.shape)} as input, got {tuple(residual.shape)}"
             )
-        running_mean = self.running_mean
-        if not self.training and running_mean is not None:
+        mean, var = self.running_mean, self.running_var
+        if not self.training and mean is not None:
             return self._evaluated(input, residual)
-        tracked = self.training and self.track_running_stats and running_mean is not None
-        running = (running_mean, self.running_var) if tracked else (None, None)
+        if mean is None or not (self.training and self.track_running_stats):
+            mean = var = None
         weight, bias = self.weight, self.bias
-        refusals.check(self, input, weight, bias, *running)
-        counter = self.num_batches_tracked if tracked else None
+        refusals.check(self, input, weight, bias, mean, var)
+        counter = None if mean is None else self.num_batches_tracked
         if counter is None:
             counter = self.untracked
         known: Any = ()
         if self.training:
-            read, counts = replay.read((counter, *running) if tracked else (counter,), self._has_prior)
+            state = (counter,) if mean is None or var is None else (counter, mean, var)
+            read, counts = replay.read(state, self._has_prior)
             step, *known = read
         else:
             step, counts = torch.zeros((), dtype=torch.int64, device=input.device), False
         if step.device != input.device:
             step = step.to(input.device)
-        arguments = input, weight, bias, residual, *(known or running), step, self._options()
+        arguments = input, weight, bias, residual, *(known or (mean, var)), step, self._options()
         group = None if self.process_group is None else group_of(self.process_group)
         if group is None:
             moves = counts is True and self.momentum is not None
-            in_place = moves and (not known or known[0] is running_mean)
-            y, mean, var = BatchNorm.apply(*arguments, in_place)
+            in_place = moves and (not known or known[0] is mean)
+            y, new_mean, new_var = BatchNorm.apply(*arguments, in_place)
         else:
-            y, mean, var = over_ranks(*arguments, group)
+            y, new_mean, new_var = over_ranks(*arguments, group)
         if counts is not False:
-            if tracked and mean is not None:
-                self._move(mean, var, counts)
+            if mean is not None and var is not None and new_mean is not None:
+                self._move((mean, new_mean), (var, new_var), counts=counts)
             counter.add_(1 if counts is True else counts)
         return y
 
@@ -172,19 +183,21 @@ class SampledBatchNorm(_BatchNorm):
         )  # fmt: skip
 
     def _evaluated(self, input: Tensor, residual: Tensor | None) -> Tensor:
-        refusals.check_memory(self.running_mean, self.running_var)
-        running = replay.constants(self.running_mean, self.running_var, input, self.weight)
-        y = F.batch_norm(input, *running, self.weight, self.bias, False, 0.0, self.eps)
+        mean, var = self.running_mean, self.running_var
+        refusals.check_memory(mean, var)
+        if mean is not None and var is not None:
+            mean, var = replay.constants(mean, var, input, self.weight)
+        y = F.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)
         if residual is not None:
             y = y.add_(residual)
         return y.relu_() if self.activation == "relu" else y
 
-    def _move(self, mean: Tensor, var: Tensor, counts: bool | Tensor) -> None:
-        """Set the running statistics, or if momentum is None let them approach this step's own."""
+    def _move(self, *pairs: tuple[Tensor, Tensor], counts: Literal[True] | Tensor) -> None:
+        """Set running statistics to new ones, or if momentum is None let them approach this step's own."""
         share = None
         if self.momentum is None and self.num_batches_tracked is not None:
             share = 1 / (self.num_batches_tracked + 1).to(torch.float64)
-        for running, new in ((self.running_mean, mean), (self.running_var, var)):
+        for running, new in pairs:
             if share is not None:
                 new = running.lerp(new, share.to(new.dtype))
             running.copy_(new if counts is True else torch.where(counts > 0, new, running))

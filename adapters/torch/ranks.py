@@ -66,13 +66,13 @@ class BatchNormOverRanks(torch.autograd.Function):
         keep = count == 0  # an empty batch moves nothing
         if options.skip_nonfinite:
             keep = keep | ~(mean.isfinite() & var.isfinite())
-        moved = tuple(
+        new_mean, new_var = (
             x.new_empty(0) if old is None else _moved(old, new, keep, options.momentum)
             for old, new in ((running_mean, mean), (running_var, unbiased))
         )
-        ctx.mark_non_differentiable(*moved)
+        ctx.mark_non_differentiable(new_mean, new_var)
         ctx.set_materialize_grads(False)
-        return y, *moved
+        return y, new_mean, new_var
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -96,6 +96,7 @@ class BatchNormOverRanks(torch.autograd.Function):
                 dy, x, state, plan, "sampled", relu, [False, True, True, False]
             )[1:3]
         if through:
+            assert dx is not None and dweight is not None and dbias is not None  # all of them were wanted
             total = torch.cat([dweight, dbias]).to(torch.float64)
             dist.all_reduce(total, group=ctx.group)
             engine.repair(dx, dy, x, state, plan, relu, (total * share).chunk(2))

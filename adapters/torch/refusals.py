@@ -53,11 +53,12 @@ def check(
 
 def leaf(layer: Any, input: fx.Proxy, residual: Any) -> Any:
     """Record the layer's call as torch.fx does its own layers': as one node."""
-    path = input.tracer.path_of_module(layer)
+    tracer = input.tracer
+    path = tracer.path_of_module(layer) if isinstance(tracer, fx.Tracer) else ""
     if not path:
         raise fx.proxy.TraceError("a layer by itself cannot be traced: trace a module that calls it")
     arguments = (input,) if residual is None else (input, residual)
-    return input.tracer.create_proxy("call_module", path, arguments, {})
+    return tracer.create_proxy("call_module", path, arguments, {})
 
 
 def _check_transforms(*tensors: Tensor | None) -> None:
