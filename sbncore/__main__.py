@@ -9,8 +9,9 @@ LAYOUTS = {"first": ("channels_first", "short_maps"), "last": ("channels_last",)
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Run the command."""
     from sbncore.cpu import ahead, kernels
-    from sbncore.cpu.names import DTYPES, names
+    from sbncore.cpu.kernels import DTYPES, names
 
     parser = argparse.ArgumentParser(prog="python -m sbncore", description=__doc__)
     warmup = parser.add_subparsers(required=True, metavar="warmup").add_parser(

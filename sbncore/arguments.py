@@ -95,7 +95,7 @@ def prepared(views: Arguments, plan: Plan, options: Options) -> Prepared:
 
 
 def checked(views: Arguments, plan: Plan, options: Options) -> Prepared:
-    """`prepared`, anew."""
+    """Do what `prepared` does where nothing is found."""
     x, given = views.x, views.prior_mean is not None
     checks.rank(x, options.channel_axis)
     layout = layout_of(x, options.channel_axis)

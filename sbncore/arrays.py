@@ -191,8 +191,7 @@ def on_device(view: np.ndarray, *others: Any) -> AbstractContextManager[Any]:
 
 
 def aligned(view: np.ndarray) -> bool:
-    """Return whether the engines may read an array's memory: at multiples of its elements, or on a GPU of
-    16 bytes."""
+    """Return whether an array begins where the engines may read it: on a GPU at a multiple of 16 bytes."""
     if isinstance(view, np.ndarray):
         return bool(view.flags.aligned)
     return view.address % 16 == 0

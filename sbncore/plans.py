@@ -276,8 +276,10 @@ class Plan:
         return self.draw.step
 
     def now(self) -> Plan:
-        """Return what is drawn at the present step, where an array holds it (in a GPU's memory: this waits
-        for it); else this plan."""
+        """Return what is drawn at the present step where an array holds it, else this plan.
+
+        This waits for a step in a GPU's memory.
+        """
         if self.draw is None or self.step is None:
             return self
         return Plan(self.recipe, self.draw._replace(step=int(self.step.item())))

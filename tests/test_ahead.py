@@ -14,7 +14,7 @@ from test_start import python
 import sbncore.cpu
 from sbncore import __main__
 from sbncore.cpu import ahead, kernels
-from sbncore.cpu.names import DRAWS, names
+from sbncore.cpu.kernels import DRAWS, names
 
 CALL = """
 import sys

@@ -271,7 +271,7 @@ def test_statistics_of_many_draws_average_to_the_full_ones(rng):
 @pytest.mark.parametrize("size", [3, 4, 16, 33, 49, 196, 784, 3136])
 def test_runs_are_few_even_and_drawn_alike_by_compiled_code(size):
     from sbncore.cpu import draws, kernels
-    from sbncore.cpu.names import DRAWS
+    from sbncore.cpu.kernels import DRAWS
 
     kernels.functions(*DRAWS)
     for amount in (1, 2, 3, 5, size // 2 + 1, size - 1, size, 1 / 64, 1 / 16, 1 / 4, 1 / 2, 0.9):
@@ -290,7 +290,7 @@ def test_runs_are_few_even_and_drawn_alike_by_compiled_code(size):
 def test_compiled_code_hashes_to_the_same_bits():
     """`sbncore.cpu.runs` has the hash a second time; each word at its ends, sizes up to 2**32."""
     from sbncore.cpu import kernels
-    from sbncore.cpu.names import DRAWS
+    from sbncore.cpu.kernels import DRAWS
     from sbncore.cpu.record import Draw
 
     map_places, whole_samples = kernels.functions(*DRAWS)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import sbncore as sbn
-from sbncore.cpu.names import DRAWS
+from sbncore.cpu.kernels import DRAWS
 
 ROOT = Path(__file__).parents[1]
 DTYPES = ("float64", "float32", "float16")
@@ -144,7 +144,7 @@ def test_the_engines_import_compiles_nothing_and_loads_neither_numba_nor_llvm():
 
 
 def test_every_kernel_has_a_name_that_says_which_it_is():
-    from sbncore.cpu.names import Kernel, names
+    from sbncore.cpu.kernels import Kernel, names
 
     every = [name for name in names() if name not in DRAWS]
     assert len(set(every)) == 3 * 4 * (5 + 4) and all(str(Kernel.named(name)) == name for name in every)

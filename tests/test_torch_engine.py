@@ -12,9 +12,9 @@ torch = pytest.importorskip("torch")
 
 import sbncore as sbn  # noqa: E402
 from sbncore import arguments, call  # noqa: E402
-from sbncore.adapters.torch import SampledBatchNorm2d, engine, tensors  # noqa: E402
-from sbncore.cpu import draws, kernels, pages, tuning  # noqa: E402
-from sbncore.cpu.names import DRAWS  # noqa: E402
+from sbncore.adapters.torch import SampledBatchNorm2d, engine, pages, tensors  # noqa: E402
+from sbncore.cpu import draws, kernels  # noqa: E402
+from sbncore.cpu.kernels import DRAWS  # noqa: E402
 from sbncore.hashing import stream_key  # noqa: E402
 
 
@@ -103,7 +103,7 @@ def test_what_is_odd_is_copied():
 
 def test_large_outputs_are_torchs_own_memory():
     x = torch.randn(2, 5, 600, 800)  # of more bytes than what is asked for in large pages
-    assert x.nbytes >= tuning.HUGE_PAGES_FROM
+    assert x.nbytes >= pages.HUGE_PAGES_FROM
     y = SampledBatchNorm2d(5)(x.requires_grad_())
     y.backward(torch.ones_like(y))
     assert torch.allclose(y, torch.nn.BatchNorm2d(5)(x), atol=1e-5) and x.grad.isfinite().all()

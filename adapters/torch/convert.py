@@ -199,7 +199,7 @@ def _summary(notes: list[str]) -> str:
 
 
 def _like(module: nn.Module, kind: type[Any]) -> Any:
-    """A module of another class that has all that the module has: Parameters, buffers, hooks, mode."""
+    """Return a module of another class that has all that the module has: Parameters, buffers, hooks, mode."""
     new = object.__new__(kind)
     new.__dict__ = {
         name: value.copy() if isinstance(value, dict | set) else value

@@ -16,6 +16,7 @@ from torch import Tensor
 from sbncore.adapters.torch import engine
 from sbncore.adapters.torch.engine import Sample, plan_of
 from sbncore.adapters.torch.tensors import format_of, layout_of
+from sbncore.call import mask_size
 from sbncore.signature import ROWS, Scalars
 from sbncore.statistics import unbiased
 
@@ -44,7 +45,8 @@ def outputs(
     y = torch.empty_like(x, memory_format=format_of(x))
     state = x.new_empty(ROWS * x.shape[1] + 1, dtype=torch.float64)
     masked = relu and residual is not None
-    mask = x.new_empty(_mask_size(y), dtype=torch.uint8) if masked else x.new_empty(0)
+    nbytes = mask_size(layout_of(y), y.is_cuda, y.itemsize) if masked else 0
+    mask = x.new_empty(nbytes, dtype=torch.uint8) if masked else x.new_empty(0)
     mean, var = (x.new_empty(0) if r is None else torch.empty_like(r) for r in running)
     return y, state, mask, mean, var
 
@@ -102,17 +104,6 @@ def _fake_backward(
         torch.empty_like(like) if needed and like is not None else x.new_empty(0)
         for like, needed in zip(likes, needs, strict=True)
     )
-
-
-def _mask_size(x: Tensor) -> int:
-    layout = layout_of(x)
-    if x.is_cuda:
-        from sbncore.cuda.call import mask_bytes
-
-        return mask_bytes(*layout.sizes, layout.last, x.itemsize)
-    from sbncore.cpu.engine import mask_size
-
-    return mask_size(layout)
 
 
 def _all_tensors(function: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor, ...]]:

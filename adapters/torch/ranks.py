@@ -60,6 +60,7 @@ class BatchNormOverRanks(torch.autograd.Function):
         y, state, mask = engine.forward(
             x, (weight, bias, None, None, mean, var), residual, given, Scalars(options.eps), options.relu
         )
+        assert y is not None
         ctx.save_for_backward(x, weight, bias, state, mask, share)
         ctx.sample, ctx.options, ctx.group = sample, options, group
         unbiased = var * torch.where(count > 1, 1 / (1 - 1 / count), 1.0)

@@ -154,7 +154,7 @@ def _replayed(frame: Any, recomputation: Any, counter: int) -> list[Tensor] | No
 
 
 def _copied(state: Sequence[Tensor], keeps: bool, counted: bool) -> list[Tensor]:
-    """The operator, whose results are tensors of their own; compiled, this runs at every call."""
+    """Run the operator, whose results are tensors of their own; compiled, this runs at every call."""
     values, counts = _read(state, keeps, counted)
     return [state[0].new_full((), counts), *(value.clone() for value in values)]
 

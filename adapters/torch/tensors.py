@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from sbncore.cpu import pages, tuning
+from sbncore.adapters.torch import pages
 from sbncore.layout import Layout
 
 ELEMENTS = {
@@ -63,7 +63,7 @@ def vector(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def empty_like(x: Tensor) -> Tensor:
     """Return new memory as x, by torch; on the CPU in large pages where it is large."""
     new = torch.empty_like(x)
-    if new.is_cpu and new.nbytes >= tuning.HUGE_PAGES_FROM:
+    if new.is_cpu and new.nbytes >= pages.HUGE_PAGES_FROM:
         pages.advise(new.data_ptr(), new.nbytes)
     return new
 

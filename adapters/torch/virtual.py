@@ -192,7 +192,7 @@ def _memory_format(x: Tensor) -> torch.memory_format:
 
 
 def _drop(dropout: Any, known: dict[int, int], input: Tensor) -> Tensor:
-    """A dropout's forward, on real rows alone; ``known`` has the virtual ones of a batch by its rows."""
+    """Run a dropout's forward, on real rows alone; ``known`` has the virtual ones of a batch by its rows."""
     total = input.shape[0] if input.ndim else 0
     virtual = rows.now.virtual if total == rows.now.rows else 0
     if not torch.compiler.is_compiling():

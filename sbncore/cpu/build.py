@@ -1,4 +1,4 @@
-"""Compile kernels by Numba: ``python -m sbncore.cpu.build FOLDER NAME...``, of `sbncore.cpu.names`.
+"""Compile kernels by Numba: ``python -m sbncore.cpu.build FOLDER NAME...``, of `sbncore.cpu.kernels`.
 
 No kernel allocates, raises or counts references: none needs Numba's runtime. So what is compiled runs in
 processes that never load Numba, and on threads that Python knows nothing of.
@@ -20,13 +20,13 @@ from numba.core.compiler_lock import global_compiler_lock
 
 from sbncore.cpu import channels_first, channels_last, runs, short_maps
 from sbncore.cpu.elements import array_at, loop, record_at
-from sbncore.cpu.names import DRAWS, DTYPES, Kernel
+from sbncore.cpu.kernels import DRAWS, DTYPES, Kernel
 
 MODULES = {"channels_first": channels_first, "short_maps": short_maps, "channels_last": channels_last}
 
 
 def object_code(name: str) -> bytes:
-    """Return the object code of the C function of a name in `sbncore.cpu.names`."""
+    """Return the object code of the C function of a name in `sbncore.cpu.kernels`."""
     return c_object(name, getattr(runs, name) if name in DRAWS else entry(Kernel.named(name)))
 
 

@@ -114,7 +114,7 @@ def repeat(row, C):
 
 @loop()
 def coefficient_rows(rows, values, C):
-    """The first three rows, filled with shift, scale and offset."""
+    """Return the first three rows, filled with shift, scale and offset."""
     for k in range(3):
         for c in range(C):
             rows[k, c] = values[3 + k, c]
@@ -148,6 +148,7 @@ def add_runs(r, scratch, partial, rows, dy, x, mask, shift, scale, offset, relu,
 
 @loop()
 def clear_task(partial, t):
+    """Set the sums of task t to 0."""
     for k in range(2):
         for c in range(partial.shape[2]):
             partial[k, t, c] = 0

@@ -103,7 +103,7 @@ def store(typingctx: Any, array: Any, index: Any, value: Any) -> tuple[Any, Call
 
 @intrinsic
 def sample_of(typingctx: Any, array: Any, n: Any, size: Any) -> tuple[Any, Callable[..., Any]]:
-    """The n-th of an array's samples of that size; None of None."""
+    """Return the n-th of an array's samples of that size; None of None."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         if not isinstance(array, types.Array):
@@ -134,7 +134,7 @@ record_at, draw_at = _record(RECORD), _record(DRAW)
 
 @intrinsic
 def array_at(typingctx: Any, address: Any, shape: Any, kind: Any) -> tuple[Any, Callable[..., Any]]:
-    """The array of that shape at an address, of the type of the scalar ``kind``; None of None."""
+    """Return the array of that shape at an address, of the type of the scalar ``kind``; None of None."""
     array = kind
     if not isinstance(kind, types.NoneType):
         array = types.Array(types.unliteral(kind), len(shape), "C")
@@ -158,7 +158,7 @@ def array_at(typingctx: Any, address: Any, shape: Any, kind: Any) -> tuple[Any, 
 
 @loop(inline="always")  # without Numba's runtime no function returns an array
 def channel_array(address, C, kind):
-    """The array of a value for each channel, of length 0 if the address is 0."""
+    """Return the array of a value for each channel, of length 0 if the address is 0."""
     return array_at(address, (C if address != 0 else 0,), kind)
 
 
@@ -173,7 +173,7 @@ def _zero(array):
 
 
 def cast(array, value):
-    """A value in the type an array's elements are computed in."""
+    """Return a value in the type an array's elements are computed in."""
 
 
 @overload(cast, inline="always")

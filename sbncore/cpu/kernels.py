@@ -1,4 +1,4 @@
-"""The kernels as C functions: where their object code is, and loading it, without Numba."""
+"""The kernels as C functions: which there are, where their object code is, and loading it, without Numba."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable
 from functools import cache
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sbncore.cpu import ahead
-from sbncore.cpu.names import DRAWS, DTYPES, Kernel
 
+DTYPES = {"float64": "d", "float32": "f", "float16": "h", "bfloat16": "H"}  # with NumPy's letter as stored
+MEMORIES = "channels_first", "short_maps", "channels_last"
+DRAWS = "map_places", "whole_samples"
 # files that the objects do not depend on; a new one left out here costs a compilation, no more
-HOST = "__init__", "ahead", "call", "draws", "engine", "kernels", "names", "pages", "threads"
+HOST = "__init__", "ahead", "call", "draws", "engine", "kernels", "threads"
 # levels of x86-64 that a wheel has objects for, the best first, and what LLVM says of a CPU that has them
 V3 = "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe"
 LEVELS = {"x86-64-v4": (*V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"), "x86-64-v3": V3}
@@ -32,6 +35,40 @@ loaded: dict[str, Function] = {}
 # One for each object: functions of two that were compiled in two processes may bear the same name.
 _linkers: dict[str, Any] = {}
 _lock = threading.RLock()
+
+
+class Kernel(NamedTuple):
+    """What a kernel is compiled for; ``residual`` is in backward whether its gradient is written."""
+
+    memory: str
+    direction: str
+    dtype: str
+    relu: bool = False
+    residual: bool = False
+    mask: bool = False
+
+    def __str__(self) -> str:
+        options = (name for name in ("relu", "residual", "mask") if getattr(self, name))
+        return "-".join((self.memory, self.direction, self.dtype, *options))
+
+    @classmethod
+    def named(cls, name: str) -> Kernel:
+        """Return the kernel of a name."""
+        memory, direction, dtype, *options = name.split("-")
+        return cls(memory, direction, dtype, *(o in options for o in ("relu", "residual", "mask")))
+
+
+def names(memories: Iterable[str] = MEMORIES, dtypes: Iterable[str] = tuple(DTYPES)) -> list[str]:
+    """Return the names of all functions, or of those for some layouts of memory and some dtypes."""
+    found = [*DRAWS]
+    for memory, dtype in product(memories, dtypes):
+        for relu, residual, mask in product((False, True), repeat=3):
+            if not mask or (relu and residual):
+                found.append(str(Kernel(memory, "forward", dtype, relu, residual, mask)))
+        for relu, residual, mask in product((False, True), repeat=3):
+            if mask <= relu and residual <= mask:
+                found.append(str(Kernel(memory, "backward", dtype, relu, residual, mask)))
+    return found
 
 
 @cache
@@ -130,7 +167,7 @@ def folder_name(cpu_name: str, features: str = "") -> str:
 
 @cache
 def cpu() -> tuple[str, str]:
-    """The name and the features of the CPU that is compiled for; NUMBA_CPU_NAME names another."""
+    """Return the name and the features of the CPU that is compiled for; NUMBA_CPU_NAME names another."""
     llvm, name = _llvm(), os.environ.get("NUMBA_CPU_NAME")
     features = os.environ.get("NUMBA_CPU_FEATURES")
     if features is None:

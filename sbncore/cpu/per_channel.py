@@ -39,6 +39,7 @@ def shift_of(x, pilots, channel):
 
 @loop()
 def clear(sums):
+    """Set sums to 0."""
     for k in range(sums.shape[0]):
         for i in range(sums.shape[1]):
             sums[k, i] = 0
@@ -46,6 +47,7 @@ def clear(sums):
 
 @loop()
 def fill(row, value):
+    """Set all elements of a row to a value."""
     for i in range(len(row)):
         row[i] = value
 

@@ -62,6 +62,7 @@ def partial_vector(o, end, k):
 
 @loop()
 def prefetch_inputs(a, b, v):
+    """Prefetch the cache lines of element v of two arrays."""
     if a is not None:
         prefetch(a, v)
     prefetch(b, v)
@@ -69,6 +70,7 @@ def prefetch_inputs(a, b, v):
 
 @loop()
 def sums_vector(dx, dresidual, dy, x, mask, v, shift, scale, offset, relu, nontemporal, distance, active):
+    """Return g and g * (x - shift) of a vector; dx = scale * g, dresidual = g unless None."""
     prefetch_inputs(dy, x, v + distance)
     g, deviation = gradient(dy, x, mask, v, 0, shift, scale, offset, relu, active)
     if dx is not None:
@@ -82,6 +84,7 @@ def sums_vector(dx, dresidual, dy, x, mask, v, shift, scale, offset, relu, nonte
 def add_vector(
     row_sums, dx, dresidual, dy, x, mask, v, i, shift, scale, offset, relu, nontemporal, distance, active
 ):  # fmt: skip
+    """Do `add_row` of the vector at element v, the i-th of the row."""
     prefetch_inputs(dy, x, v + distance)
     g, deviation = gradient(dy, x, mask, v, i, shift, scale, offset, relu, active)
     if dx is not None:
@@ -111,7 +114,7 @@ def add_row(row_sums, dx, dresidual, dy, x, mask, o, end, shift, scale, offset, 
 
 @loop(forceinline=True)
 def sum_range(array, o, end):
-    """The sum of an array's elements o .. end-1, in float64."""
+    """Return the sum of an array's elements o .. end-1, in float64."""
     result = 0.0
     whole = o + ((end - o) & -LANES)
     for v in range(o, whole, LANES):
@@ -123,6 +126,7 @@ def sum_range(array, o, end):
 
 @loop()
 def normalize_vector(y, mask, x, residual, v, i, shift, scale, offset, relu, nontemporal, distance, active):
+    """Do `normalize_row` of the vector at element v, the i-th of the row."""
     prefetch_inputs(residual, x, v + distance)
     deviation = load_lanes(x, v, active) - broadcast(shift, i, active)
     z = deviation * broadcast(scale, i, active) + broadcast(offset, i, active)
@@ -164,6 +168,7 @@ def weighted(p, i, active, correction):
 def repair_vector(
     dx, dresidual, dy, x, mask, v, i, shift, scale, offset, k0, k1, p, relu, nontemporal, distance, active
 ):  # fmt: skip
+    """Do `repair_row` of the vector at element v, the i-th of the row."""
     prefetch_inputs(x, dy, v + distance)
     g, deviation = gradient(dy, x, mask, v, i, shift, scale, offset, relu, active)
     if dx is not None:

@@ -20,6 +20,7 @@ GOLDEN, MULTIPLIER_1, MULTIPLIER_2 = (
 
 @loop()
 def absorb(key, word):
+    """Return the key that one more word makes: `sbncore.hashing.absorb`."""
     z = (np.uint64(word) ^ key) + GOLDEN
     z = (z ^ (z >> np.uint64(30))) * MULTIPLIER_1
     z = (z ^ (z >> np.uint64(27))) * MULTIPLIER_2
@@ -28,7 +29,7 @@ def absorb(key, word):
 
 @loop()
 def stream_key(d):
-    """The key of one stream of draws, of signed words."""
+    """Return the key of one stream of draws, of signed words."""
     key = np.uint64(0)
     for word in (d.seed, d.layer, d.step, d.stream):
         key = absorb(key, word)
@@ -37,6 +38,7 @@ def stream_key(d):
 
 @loop()
 def bounded(word, size):
+    """Return a number below size: `sbncore.hashing.bounded`."""
     return np.int64(((word >> np.uint64(32)) * np.uint64(size)) >> np.uint64(32))
 
 

@@ -53,6 +53,7 @@ def thread_scratch(r, counters):
 
 @loop()
 def no_yield():
+    """Keep the core, where the system has no `sched_yield`."""
     return 0
 
 

@@ -99,11 +99,6 @@ RUN_PREFETCH_DISTANCE = 512  # elements
 # (2026-11-25); the machine and the command are not on record.
 CACHE_LINE = 64  # bytes
 
-# Size from which on PyTorch's new arrays are asked for in huge pages: NumPy's own bound. Measured: fresh
-# memory in small pages took three times the kernels' time (2026-11-23); the machine and the command are not
-# on record. Compare: TARGETS.
-HUGE_PAGES_FROM = 4 << 20  # bytes
-
 # The last cache where the system tells of none so large. Not measured: an assumption.
 LAST_CACHE_BYTES = 32 << 20  # bytes
 

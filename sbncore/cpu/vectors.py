@@ -119,7 +119,7 @@ def load_lanes(typingctx: Any, array: Any, index: Any, active: Any) -> tuple[Any
 
 @intrinsic
 def broadcast(typingctx: Any, coefficient: Any, index: Any, active: Any) -> tuple[Any, Callable[..., Any]]:
-    """A channel's coefficient in all lanes, or an array's from ``index`` on; a vector is one already."""
+    """Return a channel's coefficient in all lanes, or an array's from ``index`` on; or the vector itself."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         if isinstance(coefficient, types.Array):
@@ -132,7 +132,7 @@ def broadcast(typingctx: Any, coefficient: Any, index: Any, active: Any) -> tupl
 
 @intrinsic
 def blend(typingctx: Any, count: Any, first: Any, second: Any) -> tuple[Any, Callable[..., Any]]:
-    """The first ``count`` lanes of one vector and the others of a second; None of two of those."""
+    """Return the first ``count`` lanes of one vector and the others of a second; None of two of those."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         if not isinstance(first, Vector):
@@ -156,7 +156,7 @@ def zeros(typingctx: Any, array: Any) -> tuple[Any, Callable[..., Any]]:
 
 @intrinsic
 def select(typingctx: Any, bits: Any, value: Any) -> tuple[Any, Callable[..., Any]]:
-    """The value in some lanes, told by bits or as ``active``, and 0 in the others."""
+    """Return the value in some lanes, told by bits or as ``active``, and 0 in the others."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         if isinstance(bits, types.NoneType):
@@ -179,7 +179,7 @@ def above_zero(typingctx: Any, value: Any) -> tuple[Any, Callable[..., Any]]:
 
 @intrinsic
 def read_bits(typingctx: Any, mask: Any, bit: Any) -> tuple[Any, Callable[..., Any]]:
-    """The 16 bits of a mask from ``bit`` on, lowest first."""
+    """Return the 16 bits of a mask from ``bit`` on, lowest first."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         bit = args[1]
@@ -214,7 +214,7 @@ def write_bits(typingctx: Any, mask: Any, word: Any, bits: Any) -> tuple[Any, Ca
 
 @intrinsic
 def sum_lanes(typingctx: Any, value: Any) -> tuple[Any, Callable[..., Any]]:
-    """The sum of all lanes in float64: of halves, of their halves, and so on."""
+    """Return the sum of all lanes in float64: of halves, of their halves, and so on."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         value = args[0]
@@ -346,7 +346,7 @@ def fence(typingctx: Any) -> tuple[Any, Callable[..., Any]]:
 
 
 def _fenced(builder: Any, value: Any) -> Any:
-    """The bits of 16 halves as floats: an instruction that narrows and stores in one is not non-temporal."""
+    """Return the bits of 16 halves as floats: what narrows and stores in one is not non-temporal."""
     kind = ir.VectorType(FLOAT, LANES // 2)
     fence = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(kind, [kind]), f"llvm.arithmetic.fence.v{LANES // 2}f32"

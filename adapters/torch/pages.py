@@ -11,6 +11,10 @@ import sys
 from functools import cache
 from typing import Any
 
+# Size from which on PyTorch's new arrays are asked for in huge pages: NumPy's own bound. Measured: fresh
+# memory in small pages took three times the kernels' time (2026-11-23); the machine and the command are not
+# on record. Compare: `TARGETS` of `sbncore.cpu.tuning`.
+HUGE_PAGES_FROM = 4 << 20  # bytes
 _ADVICE = 14  # Linux's MADV_HUGEPAGE
 
 
