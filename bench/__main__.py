@@ -8,8 +8,9 @@ import sys
 BENCHMARKS = {
     "layer": "one BN layer: checked, then timed against a copy, NumPy and PyTorch",
     "training": "networks trained by PyTorch on real images, with full and with sampled statistics",
+    "ensemble": "many copies of a network trained at once: differences of a tenth of a point",
     "fidelity": "how near each sampler's estimates come on real activations, layer by layer",
-    "overhead": "what a call of the PyTorch layer costs on small tensors",
+    "overhead": "what a call costs beside its kernels",
     "targets": "the CPU engine against its goals, shape by shape",
     "demo": "a small network trained in NumPy with each sampler: make demo",
     "start": "imports and first calls on the CPU, in seconds, with and without compiled kernels",

@@ -83,8 +83,9 @@ class Ours(Contender):
         self.sampler, self.name, self.step = sampler, name, 0
         self.activation = "relu" if data.case.relu else None
         self.fixed = sampler.plan(data.case.shape, step=1) if repeated else None
-        self.views = [Buffers(*map(_view, buffers)) for buffers in data.sets]
-        self.parameters = [_view(data.weight), _view(data.bias)]
+        self.parameters = data.weight, data.bias
+        if not isinstance(data.weight, np.ndarray):
+            import sbncore.adapters.torch  # noqa: F401  (which lets the functions know tensors)
 
     def plan(self) -> sbn.Plan:
         """Draw and spell out the places of the next step; forward pays for this again."""
@@ -99,14 +100,14 @@ class Ours(Contender):
     def run(self, k: int) -> tuple[Any, Any]:
         self.step += 1
         plan = self.fixed or self.sampler.plan(self.data.case.shape, step=self.step)
-        x, _, y, _, residual = self.views[k]
+        x, _, y, _, residual = self.data.sets[k]
         _, saved = sbn.forward(
             x, *self.parameters, plan=plan, eps=EPS, activation=self.activation, residual=residual, out=y
         )
         return self.data.sets[k].y, saved
 
     def differentiate(self, k: int) -> Sequence[Any]:
-        return sbn.backward(self.views[k].dy, self.saved[k], out=self.views[k].dx)
+        return sbn.backward(self.data.sets[k].dy, self.saved[k], out=self.data.sets[k].dx)
 
     def weights(self) -> np.ndarray:
         return self.saved[self.turn].plan.weights()
@@ -301,15 +302,6 @@ class Jax(Contender):
 
 
 PEERS: dict[str, type[Contender]] = {"numpy": NumPy, "torch": Torch, "compile": Compiled, "jax": Jax}
-
-
-def _view(array: Any) -> Any:
-    """Return an array as ours takes it: CuPy's view of a tensor on a GPU, but of bfloat16, which it lacks."""
-    if not getattr(array, "is_cuda", False) or "bfloat16" in str(array.dtype):
-        return array
-    import cupy
-
-    return cupy.from_dlpack(array)
 
 
 def _maps(array: Any) -> Any:

@@ -2,8 +2,8 @@
 
 The calls rotate through buffers, x and y of which hold more than twice the L2 cache. "graph" is ours
 captured in a CUDA graph, what the kernels take where the host is no part of it; all else is called from
-Python. The copy is the faster of the two, called or captured. Tensors are PyTorch's; ours sees them through
-DLPack.
+Python. The copy is the faster of the two, called or captured. Tensors are PyTorch's, ours take them as they
+are.
 """
 
 from __future__ import annotations
