@@ -95,21 +95,20 @@ def layout_of(array: np.ndarray, axis: int) -> Layout:
     if found is None:
         if len(_found) >= 4096:
             _found.clear()
-        found = _found[key] = _nearest(array, axis)
+        found = _found[key] = nearest(*key)
     return found
 
 
 _found: dict[tuple[tuple[int, ...], tuple[int, ...], int], Layout] = {}
 
 
-def _nearest(array: np.ndarray, axis: int) -> Layout:
-    shape, axis = array.shape, axis % array.ndim
+def nearest(shape: tuple[int, ...], strides: tuple[int, ...], axis: int) -> Layout:
+    """Return `layout_of` of arrays of such a shape and strides, in elements or in bytes."""
+    axis %= len(shape)
     last, first = Layout(shape, axis, True), Layout(shape, axis, False)
     if first.S <= 1:
         return last
-    if contiguous(first._ordered(array)):
+    if shape[axis] <= 1 or not shape[0]:  # a channel's stride says nothing
         return first
-    if contiguous(last._ordered(array)):
-        return last
-    spatial = [abs(s) for a, s in enumerate(array.strides) if a not in (0, axis) and shape[a] > 1]
-    return last if abs(array.strides[axis]) < min(spatial) else first
+    spatial = [abs(s) for a, s in enumerate(strides) if a not in (0, axis) and shape[a] > 1]
+    return last if abs(strides[axis]) < min(spatial) else first

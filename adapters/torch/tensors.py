@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from sbncore.adapters.torch import pages
-from sbncore.layout import Layout
+from sbncore.layout import Layout, nearest
 
 ELEMENTS = {
     torch.float64: "float64", torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16",
@@ -75,16 +75,7 @@ def format_of(x: Tensor) -> torch.memory_format:
 
 def layout_of(x: Tensor) -> Layout:
     """Return `sbncore.layout.layout_of` of a tensor (N, C, *spatial), real or a compiler's stand-in."""
-    shape, strides = tuple(x.shape), x.stride()
-    last, first = Layout(shape, 1, True), Layout(shape, 1, False)
-    if first.S <= 1:
-        return last
-    if x.is_contiguous():
-        return first
-    if x.movedim(1, -1).is_contiguous():
-        return last
-    spatial = [strides[axis] for axis in range(2, x.ndim) if shape[axis] > 1]
-    return last if strides[1] < min(spatial) else first
+    return nearest(tuple(x.shape), x.stride(), 1)
 
 
 @lru_cache(maxsize=4096)
