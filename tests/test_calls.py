@@ -3,6 +3,8 @@
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from strategies import cases
 
 import sbncore as sbn
 from sbncore import arguments, call
@@ -101,3 +103,18 @@ def test_first_and_later_calls_give_the_same_bits(rng, dtype, axis, extras):
             for one in results[1:]:
                 for a, b in zip(results[0], one, strict=True):
                     assert a.shape == b.shape and a.strides == b.strides and a.tobytes() == b.tobytes()
+
+
+@settings(max_examples=200)
+@given(cases())
+def test_any_options_give_the_same_bits_on_a_first_and_a_cached_call(case):
+    results = []
+    for turn in range(3):
+        if turn != 1:
+            arguments._prepared.clear()
+            call.call_for.cache_clear()
+        y, saved = case.forward()
+        grads = sbn.backward(case.arrange(case.dy), saved)
+        arrays = [y, *grads, saved.statistics.mean, saved.statistics.var]
+        results.append([None if a is None else (a.shape, a.strides, a.dtype, a.tobytes()) for a in arrays])
+    assert results[0] == results[1] == results[2]
