@@ -1,5 +1,6 @@
 """The CUDA kernels, emulated with the launches of the real engine, against the reference."""
 
+import contextlib
 import itertools
 
 import emulation
@@ -16,6 +17,7 @@ from strategies import cases
 import sbncore as sbn
 from sbncore import reference
 from sbncore.cuda import call, geometry, record
+from sbncore.statistics import unbiased
 
 NAMES = {"float64": "double", "float32": "float", "float16": "float16", "bfloat16": "bfloat16"}
 def emulator(*dtypes, **options):
@@ -276,6 +278,20 @@ def test_batch_norm_moves_the_running_statistics_as_on_the_cpu(rng):
             np.testing.assert_allclose(got[finite], want[finite], rtol=1e-5)
         wanted, _ = sbn.batch_norm(x, *expected)
         np.testing.assert_allclose(evaluated[1:, finite], wanted[1:, finite], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_running_statistics_have_the_same_bits_as_on_the_cpu(rng, dtype):
+    x = rng.normal(2, 3, (32, 8, 7, 7)).astype(dtype)
+    for device in (contextlib.nullcontext(), emulation.emulated(emulator(dtype))):
+        before = rng.uniform(0.5, 2, (2, 8)).astype(dtype)
+        running = before.copy()
+        with device:
+            state = sbn.batch_norm(x, *running, training=True, momentum=0.1)[1].state
+        mean, var, count = state.moments
+        for old, new, got in zip(before, (mean, var * unbiased(count)), running, strict=True):
+            wide = old.astype(np.float64)
+            assert got.tobytes() == (wide + 0.1 * (new - wide)).astype(dtype).tobytes()
 
 
 def test_moments_and_normalize_are_the_phases(rng):

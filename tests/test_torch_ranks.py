@@ -3,6 +3,7 @@
 import os
 import sys
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -14,7 +15,8 @@ from torch import nn  # noqa: E402
 import sbncore as sbn  # noqa: E402
 from sbncore import reference  # noqa: E402
 from sbncore.adapters.torch import SampledBatchNorm2d, convert_sampled_batchnorm  # noqa: E402
-from sbncore.adapters.torch.ranks import RANK  # noqa: E402
+from sbncore.adapters.torch.ranks import RANK, merged, moved  # noqa: E402
+from sbncore.statistics import unbiased  # noqa: E402
 
 if not dist.is_available() or sys.platform == "win32":
     pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
@@ -136,6 +138,31 @@ def check_all(rank, ranks, cases):
 
 
 FUSED = {"relu": True, "add": True}
+
+
+@pytest.mark.parametrize("counts", [(12, 20), (7, 0, 9), (1, 2, 4), (5,)], ids=str)
+def test_ranks_merge_to_the_same_bits_as_merge(rng, counts):
+    mean, var = rng.normal(3, 2, (len(counts), 33)), rng.uniform(0.1, 5, (len(counts), 33))
+    table = torch.from_numpy(np.column_stack([mean, var, counts]))
+    got = [each.numpy() for each in merged(table)]
+    want = sbn.merge(*map(sbn.Statistics, mean, var, counts))
+    assert got[0].tobytes() == want.mean.tobytes() and got[1].tobytes() == want.var.tobytes()
+    assert got[2] == pytest.approx(want.count, rel=1e-15)
+    assert got[3].tolist() == [count / sum(counts) for count in counts]
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32])
+def test_ranks_move_running_statistics_to_the_same_bits_as_the_engine(rng, kind):
+    x = rng.normal(3, 2, (8, 5, 4, 4)).astype(kind)
+    before = rng.uniform(0.5, 2, (2, 5)).astype(kind)
+    mean, var = before.copy()
+    new_mean, new_var, count = sbn.batch_norm(x, mean, var, training=True, momentum=0.1)[1].state.moments
+    news, keep = (new_mean, new_var * unbiased(count)), torch.zeros(5, dtype=torch.bool)
+    for old, new, got in zip(before, news, (mean, var), strict=True):
+        old, new = torch.from_numpy(old), torch.from_numpy(new)
+        want = moved(old, new, keep, 0.1).numpy()
+        assert want.dtype == kind and want.tobytes() == got.tobytes()
+        assert torch.equal(moved(old, new, ~keep, 0.1), old)
 
 
 def test_two_ranks_are_one_process():

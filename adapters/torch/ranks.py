@@ -55,7 +55,11 @@ class BatchNormOverRanks(torch.autograd.Function):
         _, local, _ = engine.forward(
             x, (None, None, None, None, *prior), None, plan, Scalars(1.0), False, writes=False
         )
-        mean, var, count, share = _merged(local, _count(plan, x), x, group)
+        table = _gathered(local, _count(plan, x), x.shape[1], group)
+        mean, var, count, shares = merged(table)
+        if count.device.type == "cpu" and count == 1:
+            raise ValueError("expected more than 1 value per channel when training, got one over all ranks")
+        share = shares[dist.get_rank(group)]
         given = Plan(Recipe(plan.shape, (), 1.0), plan.draw)
         y, state, mask = engine.forward(
             x, (weight, bias, None, None, mean, var), residual, given, Scalars(options.eps), options.relu
@@ -68,7 +72,7 @@ class BatchNormOverRanks(torch.autograd.Function):
         if options.skip_nonfinite:
             keep = keep | ~(mean.isfinite() & var.isfinite())
         new_mean, new_var = (
-            x.new_empty(0) if old is None else _moved(old, new, keep, options.momentum)
+            x.new_empty(0) if old is None else moved(old, new, keep, options.momentum)
             for old, new in ((running_mean, mean), (running_var, unbiased))
         )
         ctx.mark_non_differentiable(new_mean, new_var)
@@ -117,27 +121,31 @@ def _count(plan: Plan, x: Tensor) -> float:
     return plan.count_beside(Statistics(None, None) if plan.prior > 0 else None, x.numel())
 
 
-def _merged(
-    state: Tensor, count: float, x: Tensor, group: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return mean, var and count of all ranks' values, and this rank's share of them."""
-    mine = torch.cat([state[: 2 * x.shape[1]], state.new_tensor([count])])
+def _gathered(state: Tensor, count: float, channels: int, group: Any) -> Tensor:
+    """Return mean, var and count of each rank's values, a row each."""
+    mine = torch.cat([state[: 2 * channels], state.new_tensor([count])])
     everyones = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(everyones, mine, group=group)
-    table = torch.stack(everyones)
+    return torch.stack(everyones)
+
+
+def merged(table: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return mean, var and count of all ranks' values, and each rank's share of them.
+
+    It is `sbncore.merge` of a table's rows, on the device and read by no host.
+    """
     given = table[:, -1:].isinf()  # all of them: the prior alone
     counts = torch.where(given, 1.0, table[:, -1:])
     shares = counts / counts.sum().clamp(min=torch.finfo(torch.float64).tiny)
     mean, var = table[:, :-1].chunk(2, dim=1)
-    merged = (shares * mean).sum(0)
-    spread = (shares * (var + (mean - merged) ** 2)).sum(0)
+    mixed = (shares * mean).sum(0)
+    spread = (shares * (var + (mean - mixed) ** 2)).sum(0)
     inverse = torch.where(counts > 0, shares**2 / counts, 0.0).sum()
     total = torch.where(given.any(), torch.inf, torch.where(inverse > 0, 1 / inverse, 0.0))
-    if total.device.type == "cpu" and total == 1:
-        raise ValueError("expected more than 1 value per channel when training, got one over all ranks")
-    return merged, spread, total, shares[dist.get_rank(group), 0]
+    return mixed, spread, total, shares[:, 0]
 
 
-def _moved(old: Tensor, new: Tensor, keep: Tensor, momentum: float) -> Tensor:
+def moved(old: Tensor, new: Tensor, keep: Tensor, momentum: float) -> Tensor:
+    """Return running statistics that approach new ones, as the engines move theirs, but those to keep."""
     wide = old.to(torch.float64)
     return torch.where(keep, wide, wide + momentum * (new - wide)).to(old.dtype)
