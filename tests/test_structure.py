@@ -43,6 +43,20 @@ DOORS = {
 }  # fmt: skip
 CUPY = "sbncore.cuda.device"  # whose `cupy` says what is missing, where CuPy is
 
+# What imports nothing of the way to a call; that way; and who imports an engine's modules, and which.
+BELOW = {
+    "arrays", "checks", "drawing", "hashing", "interchange", "layout", "noise", "plans",
+    "statistics", "views",
+}  # fmt: skip
+ABOVE = {"arguments", "call", "estimates", "functional", "gradients", "run", "saved", "signature", "training"}
+ENGINES = {
+    "call": {"cpu.call", "cpu.engine", "cuda.call"},
+    "arrays": {"cuda", "cuda.device"},
+    "dlpack": {"cuda.device"},
+    "__init__": {"cpu.threads"},
+    "__main__": {"cpu", "cpu.kernels"},
+}  # fmt: skip
+
 
 def functions(tree: ast.AST, prefix: str) -> Iterator[tuple[str, int]]:
     """The functions and methods under a node, by their full names, each with its number of parameters."""
@@ -64,6 +78,17 @@ def parsed(name: str) -> ast.Module:
 def test_functions_take_few_parameters():
     counts = {k: n for name in MODULES if name not in KERNELS for k, n in functions(parsed(name), name)}
     assert {name for name, count in counts.items() if count > MOST} == LONG.keys()
+
+
+def test_long_public_functions_take_options_by_name():
+    for name in (name for name, why in LONG.items() if why is PUBLIC):
+        module, function = name.rsplit(".", 1)
+        args = next(
+            node.args
+            for node in parsed(module).body
+            if isinstance(node, ast.FunctionDef) and node.name == function
+        )
+        assert len(args.posonlyargs) + len(args.args) <= MOST and args.kwonlyargs and args.vararg is None
 
 
 def test_adapters_import_the_call_and_public_names_only():
@@ -94,3 +119,29 @@ def test_arrays_load_no_engine():
     assert not {name for name in modules if name.startswith(("sbncore.cpu", "sbncore.cuda"))}
     late = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node not in loaded]
     assert {node.module for node in late} <= {"sbncore.cuda", "sbncore.cuda.device"}  # CuPy's arrays
+
+
+def imported(name: str) -> set[str]:
+    """The package's modules that one imports, anywhere in it."""
+    nodes = [node for node in ast.walk(parsed(name)) if isinstance(node, ast.ImportFrom) and node.module]
+    modules = {str(node.module) for node in nodes}
+    modules |= {f"sbncore.{one.name}" for node in nodes if node.module == "sbncore" for one in node.names}
+    return {each.removeprefix("sbncore.") for each in modules if each.startswith("sbncore.")}
+
+
+def test_imports_go_one_way():
+    for name in MODULES:
+        short = name.removeprefix("sbncore.")
+        if short in BELOW:
+            assert not imported(name) & ABOVE, name
+        if short.startswith(("cpu.", "cuda.")):
+            assert not imported(name) & (ABOVE - {"signature", "saved"}), name
+    assert not imported("sbncore.reference")
+
+
+def test_engines_are_imported_by_the_call():
+    for name in MODULES:
+        short = "__init__" if name == "sbncore" else name.removeprefix("sbncore.")
+        if not short.startswith(("cpu", "cuda", "adapters")):
+            engines = {each for each in imported(name) if each.partition(".")[0] in ("cpu", "cuda")}
+            assert engines == ENGINES.get(short, set()), name
