@@ -57,6 +57,9 @@ def borrow(array: Array, name: str, written: bool = False) -> Any:
             raise ValueError(f"{name}: expected a writeable array, got a read-only one")
         return _as_storage(np.asarray(array), name)
     framework = FRAMEWORKS.get(type(array))
+    view = None if framework is None else framework.view(array)
+    if view is not None:
+        return view
     array = exportable(array, name, written)
     try:
         view = None if framework is None else framework.view(array)
@@ -188,6 +191,11 @@ def on_device(view: np.ndarray, *others: Any) -> AbstractContextManager[Any]:
     if isinstance(view, np.ndarray):
         return _HERE
     return _cuda().Working(view, others)  # type: ignore[no-any-return]
+
+
+def stream_of(view: np.ndarray) -> int | None:
+    """Return the stream that the framework of an array on a GPU works on, None of the CPU."""
+    return None if isinstance(view, np.ndarray) else view.memory.stream(view.index)
 
 
 def aligned(view: np.ndarray) -> bool:

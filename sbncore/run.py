@@ -7,7 +7,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sbncore.arguments import Arguments, Prepared, dense_vectors
-from sbncore.arrays import PARAMETER, address, assign, computable, element_type, narrow, new, viewed, widen
+from sbncore.arrays import (
+    PARAMETER,
+    address,
+    assign,
+    computable,
+    element_type,
+    narrow,
+    new,
+    stream_of,
+    viewed,
+    widen,
+)
 from sbncore.layout import Layout
 from sbncore.plans import Plan
 from sbncore.saved import Saved, State
@@ -48,7 +59,8 @@ def forward(
         running_mean=_at(held.running_mean), running_var=_at(held.running_var),
         prior_mean=_at(held.prior_mean), prior_var=_at(held.prior_var),
     )  # fmt: skip
-    call.forward(at, draw, Scalars(ready.eps, moving.momentum, unbiased(count), moving.skip_nonfinite))
+    scalars = Scalars(ready.eps, moving.momentum, unbiased(count), moving.skip_nonfinite)
+    call.forward(at, draw, scalars, stream_of(x))
     if copied:
         _write_back(ready, views, y, held)
     state = State(values, mask, count, layout.C, draw, step is not None)
@@ -101,7 +113,7 @@ def backward(
             dy=address(flat), state=address(state.values), mask=_at(state.mask), memory=_at(memory),
             step=state.step_address,
         )  # fmt: skip
-        call.backward(at, state.draw, gradient)
+        call.backward(at, state.draw, gradient, stream_of(x))
         if call.memory:
             state.memory["backward"] = memory, flat
         if out is not None and dx is not None and not direct:
@@ -126,7 +138,7 @@ def repair(saved: Saved, dx: np.ndarray, dy: np.ndarray, sums: list[np.ndarray])
         dx=address(flat), dy=address(gradients), x=address(saved.x), state=address(state.values),
         mask=_at(state.mask), memory=_at(memory), sums=address(total), step=state.step_address,
     )  # fmt: skip
-    call.repair(at, state.draw)
+    call.repair(at, state.draw, stream_of(saved.x))
     if call.memory:
         state.memory["repair"] = memory, total, gradients
     if not layout.lies(dx):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,8 @@ from sbncore import arrays, dlpack
 from sbncore.adapters.torch.tensors import ELEMENTS, address
 from sbncore.views import DeviceMemory, DeviceView
 
-DTYPES = {
-    arrays.STORAGE[element]: dtype for dtype, element in ELEMENTS.items()
-} | {np.dtype("u1"): torch.uint8}  # fmt: skip
+STORAGE = {dtype: arrays.STORAGE[element] for dtype, element in ELEMENTS.items()}
+DTYPES = {stored: dtype for dtype, stored in STORAGE.items()} | {np.dtype("u1"): torch.uint8}
 
 
 def view_of(tensor: Tensor) -> Any:
@@ -22,17 +22,36 @@ def view_of(tensor: Tensor) -> Any:
 
     `torch.Tensor.numpy` would do on the CPU, but leaves the tensor's storage unresizable for good.
     """
-    element = ELEMENTS.get(tensor.dtype)
-    if element is None or tensor.layout is not torch.strided or tensor.is_neg():
+    if tensor.dtype not in STORAGE or tensor.layout is not torch.strided:
         return None
-    dtype = arrays.STORAGE[element]
-    shape, strides = tuple(tensor.shape), tuple(stride * dtype.itemsize for stride in tensor.stride())
+    if tensor.is_neg() or _followed(tensor):
+        return None
+    try:
+        begin = address(tensor)
+    except RuntimeError:  # a freed storage, a transform's tensor
+        return None
+    shape, strides, dtype = _described(tensor.shape, tensor.stride(), tensor.dtype)
     if tensor.is_cuda:
-        return DeviceView(address(tensor), shape, strides, dtype, tensor.get_device(), tensor, MEMORY)
+        return DeviceView(begin, shape, strides, dtype, tensor.get_device(), tensor, MEMORY)
     if tensor.is_cpu:
-        memory = dlpack.Memory(address(tensor), shape, strides, dtype, dlpack.CPU, 0, "", tensor)
+        memory = dlpack.Memory(begin, shape, strides, dtype, dlpack.CPU, 0, "", tensor)
         return dlpack.numpy_view(memory)
     return None
+
+
+@lru_cache(maxsize=4096)
+def _described(
+    shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype
+) -> tuple[tuple[int, ...], tuple[int, ...], np.dtype]:
+    """Return shape and strides, in bytes, as views have them, and the storage type."""
+    stored = STORAGE[dtype]
+    return tuple(shape), tuple(stride * stored.itemsize for stride in strides), stored
+
+
+def _followed(tensor: Tensor) -> bool:
+    """Return whether autograd, forward mode or a trace may follow a tensor."""
+    level = torch.autograd.forward_ad._current_level
+    return tensor.requires_grad or level >= 0 or torch._C._is_tracing()
 
 
 def tensor_of(view: Any, like: Tensor) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import TracebackType
 from typing import Any
 
@@ -56,8 +57,10 @@ def array_of(view: DeviceView) -> Any:
 
     CuPy's current stream waits for what the view's framework has enqueued.
     """
-    xp = cupy()
-    _wait(view.memory.stream(view.index), xp.cuda.get_current_stream())
+    working = getattr(_current, "working", None)
+    if working is not None:
+        working.compute()
+    _wait(view.memory.stream(view.index), cupy().cuda.get_current_stream())
     return _over(view, view.dtype)
 
 
@@ -82,32 +85,43 @@ def _over(view: DeviceView, dtype: Any) -> Any:
 
 
 class Working:
-    """Makes a view's GPU and its framework's stream CuPy's current ones.
+    """A context for work on a view's GPU, which waits for what the frameworks of other views have enqueued.
 
-    That stream waits for what the frameworks of other views have enqueued.
+    CuPy's memory comes from the current device. Where memory is another framework's, that device and that
+    framework's stream become CuPy's current ones when CuPy first computes (`array_of`), which is rare.
     """
 
     def __init__(self, view: DeviceView, others: tuple[Any, ...]) -> None:
-        cuda = cupy().cuda
-        outer, index = cuda.get_current_stream(), view.index
-        self._contexts = [cuda.Device(index)]
-        own = view.memory is MEMORY
-        stream = outer if own else cuda.Stream.from_external(Stream(view.memory.stream(index)))
-        if not own:
-            self._contexts.append(stream)
-        for other in others:
-            if other is not None and other.memory is not view.memory:
-                _wait(outer.ptr if other.memory is MEMORY else other.memory.stream(index), stream)
+        self._view, self._contexts = view, list[Any]()
+        self._mixed = [o for o in others if o is not None and o.memory is not view.memory]
 
     def __enter__(self) -> None:
+        self._outer, _current.working = getattr(_current, "working", None), self
+        if self._view.memory is MEMORY or self._mixed:
+            self.compute()
+
+    def compute(self) -> None:
+        """Let CuPy compute on the view's GPU, in order with its framework."""
+        if self._contexts:
+            return
+        cuda, index, own = cupy().cuda, self._view.index, self._view.memory is MEMORY
+        outer = cuda.get_current_stream()
+        stream = outer if own else cuda.Stream.from_external(Stream(self._view.memory.stream(index)))
+        for other in self._mixed:
+            _wait(outer.ptr if other.memory is MEMORY else other.memory.stream(index), stream)
+        self._contexts = [cuda.Device(index)] if own else [cuda.Device(index), stream]
         for each in self._contexts:
             each.__enter__()
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        _current.working = self._outer
         for each in reversed(self._contexts):
             each.__exit__(kind, value, trace)
+
+
+_current = threading.local()
 
 
 def _wait(address: int, stream: Any) -> None:
