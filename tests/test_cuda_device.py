@@ -30,7 +30,8 @@ def test_bfloat16_is_rounded_to_nearest_even_before_compute_capability_9():
         '#include <cstring>\ntypedef unsigned int u32;\nstruct bfloat16 { unsigned short bits; };\n'
         "static u32 __float_as_uint(float v) { u32 b; memcpy(&b, &v, 4); return b; }\n"
         f"static void narrow(bfloat16& to, float v) {{\n{body}}}\n"
-        'extern "C" void all(bfloat16* to, const float* v, int n) { for (int i = 0; i < n; ++i) narrow(to[i], v[i]); }'
+        'extern "C" void all(bfloat16* to, const float* v, int n) {\n'
+        "    for (int i = 0; i < n; ++i) narrow(to[i], v[i]);\n}"
     )  # fmt: skip
     values = floats()
     found = np.empty(values.size, np.uint16)
