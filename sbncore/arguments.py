@@ -96,10 +96,10 @@ def prepared(views: Arguments, plan: Plan, options: Options) -> Prepared:
 
 def checked(views: Arguments, plan: Plan, options: Options) -> Prepared:
     """Do what `prepared` does where nothing is found."""
-    x, given = views.x, views.prior_mean is not None
+    x, has_prior = views.x, views.prior_mean is not None
     checks.rank(x, options.channel_axis)
     layout = layout_of(x, options.channel_axis)
-    checks.plan_for(plan, layout, given, options.fewest)
+    checks.plan_for(plan, layout, has_prior, options.fewest)
     checks.gradient_of(options.gradient, plan.recipe)
     checks.choice(options.activation, "activation", checks.ACTIVATIONS)
     eps = checks.epsilon(options.eps, statistics_are_given=plan.prior == 1)
@@ -109,7 +109,7 @@ def checked(views: Arguments, plan: Plan, options: Options) -> Prepared:
             wide = ("float64",) if name.startswith("prior") else ()
             checks.channels(view, name.removeprefix("prior_"), layout.C, x, *wide)
     if views.residual is not None:
-        checks.beside(views.residual, "residual", x)
+        checks.same_as(views.residual, "residual", x)
     if views.out is not None:
         checks.output(views.out, x)
     element, call = ELEMENT[x.dtype], None
@@ -137,11 +137,11 @@ def check_memory(views: Arguments, in_place: bool) -> None:
     """
     x, weight, bias, residual, out, mean, var, *prior = views
     if mean is not None:
-        checks.separate((mean, var), (x, weight, bias, residual))
+        checks.no_overlap_of_running((mean, var), (x, weight, bias, residual))
     if out is not None:
         same = (x, residual) if in_place else (residual,)
         inputs = weight, bias, *prior, mean, var
-        checks.apart(out, inputs if in_place else (x, *inputs), same)
+        checks.no_overlap(out, inputs if in_place else (x, *inputs), same)
 
 
 def dense_vectors(views: Arguments, prepared: Prepared) -> Arguments:

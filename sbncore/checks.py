@@ -25,7 +25,7 @@ def rank(x: np.ndarray, channel_axis: int, name: str = "x") -> None:
     batch_shape(x.shape, channel_axis)
 
 
-def beside(view: np.ndarray, name: str, x: np.ndarray) -> None:
+def same_as(view: np.ndarray, name: str, x: np.ndarray) -> None:
     """Complain unless an array is of x's shape, dtype and device: dy, residual, out."""
     _on_device(view, name, x)
     if view.shape != x.shape:
@@ -54,13 +54,13 @@ def channels(view: np.ndarray, name: str, C: int, x: np.ndarray, *others: str) -
 
 def output(view: np.ndarray, x: np.ndarray, name: str = "out") -> None:
     """Complain unless an array to be written is as x, of distinct elements."""
-    beside(view, name, x)
+    same_as(view, name, x)
     if 0 in view.strides and view.size:
         if any(stride == 0 and size > 1 for stride, size in zip(view.strides, view.shape, strict=True)):
             raise ValueError(f"{name}: expected distinct elements, got an array that repeats its memory")
 
 
-def apart(
+def no_overlap(
     view: np.ndarray,
     inputs: Iterable[np.ndarray | None],
     same: Iterable[np.ndarray | None] = (),
@@ -72,7 +72,7 @@ def apart(
         raise ValueError(f"{name}: expected memory apart from the inputs', got an array that overlaps them")
 
 
-def separate(moved: tuple[np.ndarray, np.ndarray], others: Iterable[np.ndarray | None]) -> None:
+def no_overlap_of_running(moved: tuple[np.ndarray, np.ndarray], others: Iterable[np.ndarray | None]) -> None:
     """Complain if running statistics that are to be moved overlap one another or the others."""
     mean, var = moved
     pairs = [(one, other) for one in moved for other in others if other is not None]
@@ -145,16 +145,16 @@ def gradient_of(gradient: Any, recipe: Recipe) -> None:
         raise ValueError("gradient: 'sampled' expects a sample of the batch, got virtual samples beside it")
 
 
-def needed(needs: Iterable[str] | None, given: tuple[str, ...]) -> tuple[str, ...]:
+def needed(needs: Iterable[str] | None, allowed: tuple[str, ...]) -> tuple[str, ...]:
     """Return the gradients to compute: all that were given to forward, or those asked for."""
     if needs is None:
-        return given
+        return allowed
     if isinstance(needs, str):
         raise TypeError(f"needs: expected a collection of names, got the string {needs!r}")
     names = tuple(needs)
     for name in names:
         choice(name, "needs", OUTPUTS)
-        if name not in given:
+        if name not in allowed:
             raise ValueError(f"needs: {name!r} was not given to forward")
     return names
 

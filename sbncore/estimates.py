@@ -197,11 +197,11 @@ def suggest(
     return Full()
 
 
-def samplers(name: str, given: Iterable[Sampler]) -> list[Sampler]:
+def samplers(name: str, values: Iterable[Sampler]) -> list[Sampler]:
     """Return an argument's samplers as a list."""
-    if not isinstance(given, Iterable):
-        raise TypeError(f"{name}: expected samplers, got {given!r}")
-    found = list(given)
+    if not isinstance(values, Iterable):
+        raise TypeError(f"{name}: expected samplers, got {values!r}")
+    found = list(values)
     for one in found:
         if not isinstance(one, Sampler):
             raise TypeError(f"{name}: expected samplers, got {one!r} among them")

@@ -107,7 +107,7 @@ def run_forward(
     back = giver(arguments.x, views.x)
     with on_device(*views):
         x = ready.layout.flatten(views.x)
-        y, state = run.forward(ready, views, x, plan, plan.count_beside(prior, x.size), moving)
+        y, state = run.forward(ready, views, x, plan, plan.count_with(prior, x.size), moving)
         kinds = tuple(None if p is None else p.dtype for p in (views.weight, views.bias))
         saved = Saved(
             arguments.x, x, ready.layout, plan, state, arguments.weight, arguments.bias, kinds,
@@ -154,7 +154,7 @@ def backward(
     saved.check()
     layout, x = saved.layout, saved.view
     view = borrow(dy, "dy")
-    checks.beside(view, "dy", x)
+    checks.same_as(view, "dy", x)
     gradient = saved.gradient if gradient is None else gradient
     checks.gradient_of(gradient, saved.plan.recipe)
     optional = (("weight", saved.weight), ("bias", saved.bias), ("residual", saved.residual or None))
@@ -165,7 +165,7 @@ def backward(
             raise ValueError("out: expected None, since needs leaves out 'x'")
         target = borrow(out, "out", written=True)
         checks.output(target, x)
-        checks.apart(target, (view, x))
+        checks.no_overlap(target, (view, x))
     with on_device(saved.x, view, target):
         dx, dresidual, dweight, dbias = run.backward(saved, view, wanted, gradient, target)
         back = giver(saved.like, view)
@@ -199,13 +199,13 @@ def repair(dx: Array, dy: Array, saved: Saved, dweight: Array, dbias: Array) -> 
     saved.check()
     layout, x = saved.layout, saved.view
     view = borrow(dy, "dy")
-    checks.beside(view, "dy", x)
+    checks.same_as(view, "dy", x)
     sums = [borrow(dweight, "dweight"), borrow(dbias, "dbias")]
     for each, name in zip(sums, ("dweight", "dbias"), strict=True):
         checks.channels(each, name, layout.C, x)
     target = borrow(dx, "dx", written=True)
     checks.output(target, x, "dx")
-    checks.apart(target, (view, x, *sums), name="dx")
+    checks.no_overlap(target, (view, x, *sums), name="dx")
     with on_device(saved.x, view, target, *sums):
         run.repair(saved, target, view, sums)
 
@@ -239,7 +239,7 @@ def moments_of(
     ready = prepared(views, plan, options)
     with on_device(*views):
         x = ready.layout.flatten(views.x)
-        count = plan.count_beside(prior, x.size)
+        count = plan.count_with(prior, x.size)
         return run.forward(ready, views, x, plan, count, writes=False)[1].moments
 
 

@@ -194,7 +194,7 @@ class Recipe:
         return sum(part.count for part in self.parts)
 
     @cached_property
-    def apart(self) -> bool:
+    def disjoint(self) -> bool:
         """Whether no two parts draw from the same samples."""
         rows = sorted((part.first, part.first + part.rows) for part in self.parts)
         return all(last <= first for (_, last), (first, _) in itertools.pairwise(rows))
@@ -219,7 +219,7 @@ class Recipe:
         return math.fsum(part.weight for part in self.parts) + self.prior
 
     @cached_property
-    def count_apart(self) -> float:
+    def count_disjoint(self) -> float:
         """`Plan.effective_count` of parts that share no samples."""
         inverse = math.fsum(part.weight**2 / part.count for part in self.parts)
         return 1 / inverse if inverse else math.inf
@@ -306,9 +306,9 @@ class Plan:
     @property
     def effective_count(self) -> float:
         """``1 / sum(p_i ** 2)``: of how many equally weighted values the mean has the variance."""
-        return self.recipe.count_apart if self.recipe.apart else self.now()._count_together
+        return self.recipe.count_disjoint if self.recipe.disjoint else self.now()._count_together
 
-    def count_beside(self, prior: Any, size: int) -> float:
+    def count_with(self, prior: Any, size: int) -> float:
         """Return the statistics' count: with the prior's, and 0 of an array of no elements."""
         if prior is None:
             return self.effective_count if size else 0.0

@@ -42,8 +42,8 @@ def moments(
     """Return mean and var, (C,): the moments of x under the weights p, mixed with the prior."""
     x = np.asarray(x, np.float64)
     axes = (0, *range(2, x.ndim))
-    w, *given = prior if prior is not None else (0.0, 0.0, 0.0)
-    mean0, var0 = (np.asarray(moment, np.float64) for moment in given)
+    w, *moments = prior if prior is not None else (0.0, 0.0, 0.0)
+    mean0, var0 = (np.asarray(moment, np.float64) for moment in moments)
     q = (p / (1 - w) if w < 1 else p)[:, None]
     anchor = x.mean(axes) if x.size else np.zeros(x.shape[1])  # cancels rounding far from zero
     m = anchor + (q * (x - _along(anchor, x))).sum(axes)

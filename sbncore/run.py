@@ -132,7 +132,7 @@ def repair(saved: Saved, dx: np.ndarray, dy: np.ndarray, sums: list[np.ndarray])
     flat, gradients, C = layout.flatten(dx), layout.flatten(dy), layout.C
     memory = new(flat, call.memory, "u1") if call.memory else None
     total = new(flat, 2 * C, call.sums_element)
-    for k, each in enumerate(call.given(widen(sums[0]), widen(sums[1]), state.rows)):
+    for k, each in enumerate(call.sums_to_repair_by(widen(sums[0]), widen(sums[1]), state.rows)):
         computable(total)[k * C : (k + 1) * C] = each
     at = Pointers(
         dx=address(flat), dy=address(gradients), x=address(saved.x), state=address(state.values),

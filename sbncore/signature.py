@@ -54,7 +54,7 @@ class Pointers(NamedTuple):
     bias: int = 0
     prior_mean: int = 0
     prior_var: int = 0
-    sums: int = 0  # (2, C), of the call's ``sums_element``: see `Call.given`
+    sums: int = 0  # (2, C), of the call's ``sums_element``: see `Call.sums_to_repair_by`
     step: int = 0  # int64 in device memory, where the draw's step is none
 
 
@@ -92,7 +92,7 @@ class Call(Protocol):
     def repair(self, at: Pointers, draw: Draw | None, stream: int | None = None) -> None:
         """Write dx at the sampled elements, from the sums."""
 
-    def given(self, dweight: Any, dbias: Any, rows: Any) -> tuple[Any, Any]:
+    def sums_to_repair_by(self, dweight: Any, dbias: Any, rows: Any) -> tuple[Any, Any]:
         """Return the two sums that `repair` reads, of arrays in float64 and the state's rows."""
 
 

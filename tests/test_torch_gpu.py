@@ -77,7 +77,7 @@ def test_the_results_are_the_cpus(emulated, dtype, name):
         cases.append((case, results(*case)))
     emulated(dtype)
     for case, expected in cases:
-        if recipe.apart:
+        if recipe.disjoint:
             case[5] = Plan(recipe, Draw(3, 2, torch.tensor(5)))
         for got, want in zip(results(*case), expected, strict=True):
             if want is not None:

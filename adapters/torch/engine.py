@@ -39,12 +39,12 @@ def plan_of(x: Tensor, sample: Sample, step: Tensor | int) -> Plan:
     """Return the plan of a call; a step in a GPU's memory stays there, where the sampler allows it."""
     name, seed, layer, fewest = sample
     recipe = _recipe(name, x.shape, fewest)
-    on_device = x.is_cuda and (recipe is None or recipe.apart)
+    on_device = x.is_cuda and (recipe is None or recipe.disjoint)
     now = step if on_device or isinstance(step, int) else int(step.item())
     if recipe is not None:
         return Plan(recipe, Draw(seed, layer, now))
     plan = named(name).plan(x.shape, seed=seed, layer=layer, step=now, fewest=fewest)
-    return plan if plan.recipe.apart else plan.now()
+    return plan if plan.recipe.disjoint else plan.now()
 
 
 @lru_cache(maxsize=SIGNATURES)
@@ -211,8 +211,8 @@ def repair(
     if call is None:
         return
     memory = x.new_empty(call.memory, dtype=torch.uint8)
-    given = call.given(*sums, values[:-1].view(ROWS, ready.layout.C))
-    total = torch.stack(given).to(getattr(torch, call.sums_element))
+    sums_ = call.sums_to_repair_by(*sums, values[:-1].view(ROWS, ready.layout.C))
+    total = torch.stack(sums_).to(getattr(torch, call.sums_element))
     at = Pointers(
         dx=address(dx), x=address(x), dy=address(dy), mask=address(mask), state=address(values),
         memory=address(memory), sums=address(total), step=0 if plan.step is None else address(plan.step),

@@ -150,20 +150,20 @@ class SampledBatchNorm(_BatchNorm):
         counter = None if mean is None else self.num_batches_tracked
         if counter is None:
             counter = self.untracked
-        known: Any = ()
+        replayed: Any = ()
         if self.training:
             state = (counter,) if mean is None or var is None else (counter, mean, var)
             read, counts = replay.read(state, self._has_prior)
-            step, *known = read
+            step, *replayed = read
         else:
             step, counts = torch.zeros((), dtype=torch.int64, device=input.device), False
         if step.device != input.device:
             step = step.to(input.device)
-        arguments = input, weight, bias, residual, *(known or (mean, var)), step, self._options()
+        arguments = input, weight, bias, residual, *(replayed or (mean, var)), step, self._options()
         group = None if self.process_group is None else group_of(self.process_group)
         if group is None:
             moves = counts is True and self.momentum is not None
-            in_place = moves and (not known or known[0] is mean)
+            in_place = moves and (not replayed or replayed[0] is mean)
             y, new_mean, new_var = BatchNorm.apply(*arguments, in_place)
         else:
             y, new_mean, new_var = over_ranks(*arguments, group)

@@ -32,8 +32,8 @@ def group_of(process_group: Any) -> Any:
 
 def process_group(value: Any) -> Any:
     """Return the option of that name, which is checked when it is set."""
-    known = value is None or (dist.is_available() and isinstance(value, dist.ProcessGroup))
-    if not (known or (isinstance(value, str) and value == "world")):
+    fits = value is None or (dist.is_available() and isinstance(value, dist.ProcessGroup))
+    if not (fits or (isinstance(value, str) and value == "world")):
         raise TypeError(f"process_group: expected None, 'world' or a ProcessGroup, got {value!r}")
     return value
 
@@ -60,9 +60,9 @@ class BatchNormOverRanks(torch.autograd.Function):
         if count.device.type == "cpu" and count == 1:
             raise ValueError("expected more than 1 value per channel when training, got one over all ranks")
         share = shares[dist.get_rank(group)]
-        given = Plan(Recipe(plan.shape, (), 1.0), plan.draw)
+        evaluation = Plan(Recipe(plan.shape, (), 1.0), plan.draw)
         y, state, mask = engine.forward(
-            x, (weight, bias, None, None, mean, var), residual, given, Scalars(options.eps), options.relu
+            x, (weight, bias, None, None, mean, var), residual, evaluation, Scalars(options.eps), options.relu
         )
         assert y is not None
         ctx.save_for_backward(x, weight, bias, state, mask, share)
@@ -117,8 +117,8 @@ over_ranks = torch.compiler.disable(BatchNormOverRanks.apply)  # Dynamo cannot t
 
 
 def _count(plan: Plan, x: Tensor) -> float:
-    """Return the count of a rank's statistics, as `sbncore.plans.Plan.count_beside` running ones."""
-    return plan.count_beside(Statistics(None, None) if plan.prior > 0 else None, x.numel())
+    """Return the count of a rank's statistics, as `sbncore.plans.Plan.count_with` running ones."""
+    return plan.count_with(Statistics(None, None) if plan.prior > 0 else None, x.numel())
 
 
 def _gathered(state: Tensor, count: float, channels: int, group: Any) -> Tensor:
@@ -134,14 +134,14 @@ def merged(table: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     It is `sbncore.merge` of a table's rows, on the device and read by no host.
     """
-    given = table[:, -1:].isinf()  # all of them: the prior alone
-    counts = torch.where(given, 1.0, table[:, -1:])
+    infinite = table[:, -1:].isinf()  # all of them: the prior alone
+    counts = torch.where(infinite, 1.0, table[:, -1:])
     shares = counts / counts.sum().clamp(min=torch.finfo(torch.float64).tiny)
     mean, var = table[:, :-1].chunk(2, dim=1)
     mixed = (shares * mean).sum(0)
     spread = (shares * (var + (mean - mixed) ** 2)).sum(0)
     inverse = torch.where(counts > 0, shares**2 / counts, 0.0).sum()
-    total = torch.where(given.any(), torch.inf, torch.where(inverse > 0, 1 / inverse, 0.0))
+    total = torch.where(infinite.any(), torch.inf, torch.where(inverse > 0, 1 / inverse, 0.0))
     return mixed, spread, total, shares[:, 0]
 
 

@@ -93,7 +93,7 @@ class Call:
         if self.recipe.parts:
             self._differentiate(at, self.runs(draw), PRECOMPUTED)
 
-    def given(self, dweight: Any, dbias: Any, rows: Any) -> tuple[Any, Any]:
+    def sums_to_repair_by(self, dweight: Any, dbias: Any, rows: Any) -> tuple[Any, Any]:
         return dbias, dweight
 
     def _differentiate(self, at: Pointers, runs: Drawn, sums_over: int) -> None:

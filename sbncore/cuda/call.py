@@ -68,7 +68,7 @@ class Call:
         self, at: Pointers, draw: Draw | None, scalars: Scalars, stream: int | None = None
     ) -> None:
         recipe = self.signature.recipe
-        if not recipe.apart and draw is not None and at.step:
+        if not recipe.disjoint and draw is not None and at.step:
             raise ValueError("plan: expected parts that share no samples where an array holds the step")
         launches, total_scale, blocks = self._forward(at.y > 0)
         between = self._between(at.memory, not recipe.full)
@@ -102,7 +102,7 @@ class Call:
         launches = [*self._tables(), self._finish("backward"), self._repair()]
         self._launch(launches, filled, True, stream)
 
-    def given(self, dweight: Any, dbias: Any, rows: Any) -> tuple[Any, Any]:
+    def sums_to_repair_by(self, dweight: Any, dbias: Any, rows: Any) -> tuple[Any, Any]:
         mean, _, rstd, shift = rows[:4]
         return dbias, dweight / rstd + (mean - shift) * dbias
 
@@ -142,7 +142,7 @@ class Call:
     def _launch(self, launches: list[Launch], filled: bytes, through: bool, stream: int | None) -> None:
         """Launch the kernels, the last of them, if it is a repair, for parts that overlap one by one."""
         recipe = self.signature.recipe
-        if not through or recipe.full or recipe.apart:
+        if not through or recipe.full or recipe.disjoint:
             self.device.launch(launches, filled, stream)
             return
         self.device.launch(launches[:-1], filled, stream)
