@@ -37,6 +37,7 @@ bench: $(VENV)/bench.stamp
 
 lint: $(VENV)/test.stamp
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
 # With compiled kernels for these kinds of CPU; it takes minutes.

@@ -86,12 +86,23 @@ class SampledBatchNorm:
         """
         self._pending = self._pending and not self.training  # a forward that is refused has no backward
         y, saved = sbn.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias,
-            self.training or self.running_mean is None, self.momentum, self.eps,
-            sampler=self.sampler, seed=self.seed, layer=self.layer, step=self.num_batches_tracked,
-            channel_axis=self.channel_axis, activation=self.activation, residual=residual,
+            x,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.training or self.running_mean is None,
+            self.momentum,
+            self.eps,
+            sampler=self.sampler,
+            seed=self.seed,
+            layer=self.layer,
+            step=self.num_batches_tracked,
+            channel_axis=self.channel_axis,
+            activation=self.activation,
+            residual=residual,
             gradient=self.gradient,
-        )  # fmt: skip
+        )
         if self.training:
             self.num_batches_tracked += 1
             self.saved, self._pending = saved, True

@@ -107,10 +107,15 @@ class Data:
             torch.manual_seed(0)
             new = partial(_tensor, case, device)
         self.sets = [
-            Buffers(self._normal(new(), 1, 2), self._normal(new(), 0, 1), new(), new(),
-                    self._normal(new(), 0, 1) if case.residual else None)
+            Buffers(
+                self._normal(new(), 1, 2),
+                self._normal(new(), 0, 1),
+                new(),
+                new(),
+                self._normal(new(), 0, 1) if case.residual else None,
+            )
             for _ in range(sets)
-        ]  # fmt: skip
+        ]
         parameters = [self._normal(np.empty(case.C, self.wide), mean, 0.1) for mean in (1, 0)]
         self.weight, self.bias = (tensor(each).to(device) for each in parameters) if device else parameters
 
@@ -195,10 +200,14 @@ def verify(one: Any) -> None:
     one.turn = -1
     one.forward()
     y, saved = reference.forward(
-        host(x[:, at]), host(data.weight[at]), host(data.bias[at]), p=one.weights(), eps=EPS,
+        host(x[:, at]),
+        host(data.weight[at]),
+        host(data.bias[at]),
+        p=one.weights(),
+        eps=EPS,
         activation="relu" if case.relu else None,
         residual=None if residual is None else host(residual[:, at]),
-    )  # fmt: skip
+    )
     if case.relu:
         sure = np.abs(saved.z) >= allowed.unsure
         dy[:, at] *= sure.astype(dy.dtype) if isinstance(dy, np.ndarray) else dy.new_tensor(sure)

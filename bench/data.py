@@ -212,9 +212,7 @@ def from_folders(folder: Path) -> Arrays:
     expect(classes, f"{train}: expected a folder for each class, got none")
     tested = {each.name for each in _shown(test) if each.is_dir()} if test.is_dir() else set()
     strange = ", ".join(sorted(tested - {*classes}))
-    expect(
-        not strange, f"{test}: expected the classes that there are to train on, got {strange} too"
-    )
+    expect(not strange, f"{test}: expected the classes that there are to train on, got {strange} too")
     wanted = f"expected images ({', '.join(sorted(IMAGES))}), got none"
     arrays: list[np.ndarray] = []
     shape: tuple[int, ...] = ()

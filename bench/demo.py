@@ -276,9 +276,13 @@ def main(arguments: list[str] | None = None) -> None:
     where = machine()
     about = report.about(where, "demo", arguments, f"{epochs} epochs of batches of {BATCH}, seed {seed}.")
     report.publish(
-        out, "demo", "Sampled beside full normalization", [about, "", *table(runs)], where,
+        out,
+        "demo",
+        "Sampled beside full normalization",
+        [about, "", *table(runs)],
+        where,
         draw=lambda figure: draw(figure, runs),
-    )  # fmt: skip
+    )
     drawn = f"learning curves: {(out / 'demo.png').resolve()}"
     print("\n" + (drawn if report.installed("matplotlib") else "no matplotlib, so no learning curves"))
 

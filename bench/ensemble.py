@@ -158,9 +158,13 @@ class Ensemble:
         return 100 * right / len(x)
 
     def network(
-        self, x: Tensor, sample: Sample | None, noise: list[tuple[float, float]], share: float = 0,
+        self,
+        x: Tensor,
+        sample: Sample | None,
+        noise: list[tuple[float, float]],
+        share: float = 0,
         looks: bool = False,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Return the logits (N, copies, classes); without a sample by the running statistics.
 
         ``share`` is the weight of the new statistics in those.
@@ -272,8 +276,15 @@ def joined(results: list[Result]) -> Result:
 def table(results: dict[str, Result]) -> list[str]:
     """Return a table of the samples beside the first, which is full BN."""
     full = next(iter(results.values()))
-    titles = ["sample", "accuracy, %", "minus full", "recalibrated, minus full", "loss minus full",
-              "errors of the mean, %", "of log(var), %"]  # fmt: skip
+    titles = [
+        "sample",
+        "accuracy, %",
+        "minus full",
+        "recalibrated, minus full",
+        "loss minus full",
+        "errors of the mean, %",
+        "of log(var), %",
+    ]
     lines = []
     for name, result in results.items():
         cells = [name, f"{result.accuracy.mean():.2f}"]
@@ -283,5 +294,8 @@ def table(results: dict[str, Result]) -> list[str]:
             cells.append(f"{off.mean():+.{digits}f} ± {error:.{digits}f}" if result is not full else "")
         cells += [" ".join(f"{100 * each[k]:.1f}" for each in result.errors) for k in (0, 1)]
         lines.append(cells)
-    return [f"{len(full.accuracy)} copies of each; differences are paired, ± their standard error.", "",
-            *report.markdown(titles, lines)]  # fmt: skip
+    return [
+        f"{len(full.accuracy)} copies of each; differences are paired, ± their standard error.",
+        "",
+        *report.markdown(titles, lines),
+    ]

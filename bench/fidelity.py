@@ -136,7 +136,11 @@ def main(arguments: list[str]) -> None:
         for (layer, name), figures in found.items()
     ]
     report.publish(
-        options.out, f"fidelity-{options.network}", "Estimates on real activations",
-        [*lines, *table(layers, found, options.ratio, virtual)], where, rows,
+        options.out,
+        f"fidelity-{options.network}",
+        "Estimates on real activations",
+        [*lines, *table(layers, found, options.ratio, virtual)],
+        where,
+        rows,
         lambda figure: draw(figure, list(layers), found, about),
-    )  # fmt: skip
+    )

@@ -36,8 +36,12 @@ def gpu_goals(rows: Sequence[Row], host: Mapping[str, float]) -> list[Goal]:
     """Hold the rows against the goals; means are geometric."""
     copies = [row for row in rows if row.peer == "copy"]
     graphs = [row for row in copies if row.sampler.endswith(GRAPH)]
-    eager = [row for row in rows if (row.phase, row.peer) == ("both", "PyTorch") and row.sampler not in
-             {graph.sampler for graph in graphs}]  # fmt: skip
+    eager = [
+        row
+        for row in rows
+        if (row.phase, row.peer) == ("both", "PyTorch")
+        and row.sampler not in {graph.sampler for graph in graphs}
+    ]
 
     def share(phase: str, low: float, high: float = math.inf) -> float | None:
         return _mean(r.share for r in graphs if r.phase == phase and low <= r.case.nbytes / MB < high)
@@ -47,9 +51,10 @@ def gpu_goals(rows: Sequence[Row], host: Mapping[str, float]) -> list[Goal]:
 
     fastest = max((2 * row.case.nbytes / row.peer_median for row in copies), default=math.nan)
     over = [
-        1e3 * (row.ours_median - row.bytes / fastest) for row in graphs
+        1e3 * (row.ours_median - row.bytes / fastest)
+        for row in graphs
         if row.phase != "both" and 10 <= row.case.nbytes / MB < 17
-    ]  # fmt: skip
+    ]
     wanted: list[tuple[str, float, float | None]] = [
         ("forward, 100 MB and more, share of the copy's bandwidth", 0.92, share("forward", 100)),
         ("exact backward, 100 MB and more, share of the copy's bandwidth", 0.90, share("backward", 100)),
@@ -59,9 +64,12 @@ def gpu_goals(rows: Sequence[Row], host: Mapping[str, float]) -> list[Goal]:
         ("PyTorch eager / ours, BN+ReLU, 100 MB and more", 2.4, speed(lambda c: c.relu > c.residual, 100)),
         ("PyTorch eager / ours, BN+add+ReLU", 2.0, speed(lambda c: c.residual)),
         ("PyTorch eager / ours, BN, channels-last", 1.5, speed(lambda c: c.layout == "last" and not c.relu)),
-        ("PyTorch eager / ours, BN, channels-first", 2.5,
-         speed(lambda c: c.layout == "first" and not c.relu)),
-    ]  # fmt: skip
+        (
+            "PyTorch eager / ours, BN, channels-first",
+            2.5,
+            speed(lambda c: c.layout == "first" and not c.relu),
+        ),
+    ]
     worst = max(over, default=None)
     bounded = [
         ("at 13 MB, under a graph, the worst, microseconds over bytes / fastest copy", 3, worst),

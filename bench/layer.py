@@ -102,9 +102,11 @@ def cases(options: argparse.Namespace) -> list[Case]:
     """Return what to measure, in the order to do it."""
     found = [
         Case(shape, layout, dtype, *variant)
-        for shape in options.shapes for dtype in options.dtypes for layout in options.layouts
+        for shape in options.shapes
+        for dtype in options.dtypes
+        for layout in options.layouts
         for variant in options.variants
-    ]  # fmt: skip
+    ]
     if options.device == "cuda":
         found.sort(key=lambda c: (c.shape not in FOREMOST, GPU_DTYPES.index(c.dtype), -c.nbytes))
     return found
@@ -190,9 +192,17 @@ def measure(
             for phase in tables.PHASES:
                 a, b = mine[phase], times[peer][phase]
                 yield tables.Row(
-                    case, name, phase, peer, *timing.summary(a), *timing.summary(b), timing.ratio(b, a),
-                    timing.shared(a, b), plan, case.moved(phase, sampled[sampler]),
-                )  # fmt: skip
+                    case,
+                    name,
+                    phase,
+                    peer,
+                    *timing.summary(a),
+                    *timing.summary(b),
+                    timing.ratio(b, a),
+                    timing.shared(a, b),
+                    plan,
+                    case.moved(phase, sampled[sampler]),
+                )
 
 
 def write(
@@ -216,9 +226,14 @@ def write(
     head = [about, "", str(__doc__), *([on.reading, ""] if on.reading else [])]
     report.write(options.out, f"{stem}-long", title, [*head, *tables.table(rows, long=True)])
     report.publish(
-        options.out, stem, title, [*head, *tables.table(rows), *after], on.where,
-        [row.flat() for row in rows], lambda figure: tables.draw(figure, rows),
-    )  # fmt: skip
+        options.out,
+        stem,
+        title,
+        [*head, *tables.table(rows), *after],
+        on.where,
+        [row.flat() for row in rows],
+        lambda figure: tables.draw(figure, rows),
+    )
     print(f"written: {options.out / stem}.csv, .md, -long.md and, with matplotlib, .png", file=sys.stderr)
 
 

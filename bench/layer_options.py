@@ -38,10 +38,19 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     add = one.add_argument
     add("--shapes", nargs="+", type=_shape, metavar="32x64x56x56")
     add("--layouts", nargs="+", choices=("first", "last"), default=["first", "last"])
-    add("--against", type=_against, metavar="numpy,torch,compile,jax,copy",
-        help="peers; copy is always one; default: numpy, and torch if it is installed")  # fmt: skip
-    add("--samplers", nargs="+", type=_sampler, metavar="fs/16",
-        help="full, bs/K (whole samples) or fs/K (feature maps), of which 1/K is drawn")  # fmt: skip
+    add(
+        "--against",
+        type=_against,
+        metavar="numpy,torch,compile,jax,copy",
+        help="peers; copy is always one; default: numpy, and torch if it is installed",
+    )
+    add(
+        "--samplers",
+        nargs="+",
+        type=_sampler,
+        metavar="fs/16",
+        help="full, bs/K (whole samples) or fs/K (feature maps), of which 1/K is drawn",
+    )
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--dtype", choices=tuple(ITEMSIZE), help="default: float32")
     add("--dtypes", nargs="+", choices=GPU_DTYPES, help="on a GPU")
@@ -49,8 +58,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     add("--residual", action="store_true")
     add("--rounds", type=integer)
     add("--threads", type=integer, help="default: all cores")
-    add("--budget", type=float,
-        help="seconds, on a GPU: what is not begun by then is left out; default: 300")  # fmt: skip
+    add("--budget", type=float, help="seconds, on a GPU: what is not begun by then is left out; default: 300")
     options = one.parse_args(arguments)
     (_on_the_cpu if options.device == "cpu" else _on_a_gpu)(one, options)
     return options

@@ -51,12 +51,17 @@ def machine(gpu: str = "", more_versions: Sequence[str] = ()) -> Machine:
     versions = [f"Python {platform.python_version()}", f"sbncore {sbn.__version__}"]
     versions += [f"{name} {_version(package)}" for name, package in PACKAGES.items()]
     return Machine(
-        _cpu(), cores, sbn.get_num_threads(), os.environ.get("OMP_WAIT_POLICY", "by default"),
-        "" if load is None else f"{load:.1f}", datetime.date.today().isoformat(),
+        _cpu(),
+        cores,
+        sbn.get_num_threads(),
+        os.environ.get("OMP_WAIT_POLICY", "by default"),
+        "" if load is None else f"{load:.1f}",
+        datetime.date.today().isoformat(),
         ", ".join([*versions, *more_versions]),
-        _printed("git", "describe", "--always", "--dirty", "--exclude=*"), gpu,
+        _printed("git", "describe", "--always", "--dirty", "--exclude=*"),
+        gpu,
         _printed("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else "",
-    )  # fmt: skip
+    )
 
 
 def set_threads(count: int) -> None:

@@ -139,8 +139,9 @@ def of_numpy(rounds: int) -> list[list[str]]:
     plan, run = SAMPLER.plan(x.shape), threads.run
     _, saved = sbn.forward(x, plan=plan)
     calls: dict[str, timing.Call] = {
-        "forward": lambda: sbn.forward(x, plan=plan), "backward": lambda: sbn.backward(x, saved),
-    }  # fmt: skip
+        "forward": lambda: sbn.forward(x, plan=plan),
+        "backward": lambda: sbn.backward(x, saved),
+    }
 
     def without_kernel(call: timing.Call) -> timing.Call:
         def called() -> None:

@@ -82,8 +82,12 @@ def run(settings: Settings, rounds: int, where: Machine, arguments: Sequence[str
     lines = [report.about(where, "training", arguments, about), "", str(__doc__), *table(found)]
     names = ("step_median", "step_p20", "step_p80")
     rows = [
-        {"normalization": name, **dict(zip(names, timing.summary(cost.seconds), strict=True)),
-         "share": cost.share, "kept": float(cost.kept)}
+        {
+            "normalization": name,
+            **dict(zip(names, timing.summary(cost.seconds), strict=True)),
+            "share": cost.share,
+            "kept": float(cost.kept),
+        }
         for name, cost in found.items()
-    ]  # fmt: skip
+    ]
     report.publish(out, "training-speed", "The time of a training step", lines, where, rows)

@@ -80,9 +80,12 @@ class Fresh:
         if copy == "checkout":  # compiles what a wheel for this CPU holds
             changed["NUMBA_CPU_NAME"] = kind_of_cpu()
         done = subprocess.run(
-            [sys.executable, "-c", code], cwd=self.folder, env=os.environ | changed, capture_output=True,
+            [sys.executable, "-c", code],
+            cwd=self.folder,
+            env=os.environ | changed,
+            capture_output=True,
             text=True,
-        )  # fmt: skip
+        )
         if done.returncode:
             sys.exit(f"{label}: failed, nothing is written\n{done.stderr}")
         self.bar.set_description(label, refresh=False)

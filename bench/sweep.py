@@ -118,9 +118,7 @@ def sweep(
     return [done[spec] for spec in specs]
 
 
-def _train_all(
-    specs: Sequence[Spec], jobs: int, threads: int, device: str, where: str
-) -> Iterator[Run]:
+def _train_all(specs: Sequence[Spec], jobs: int, threads: int, device: str, where: str) -> Iterator[Run]:
     if jobs == 1:
         set_threads(threads)
         yield from (train(spec, device, where) for spec in specs)
@@ -168,7 +166,12 @@ def train(spec: Spec, device: str, where: str) -> Run:
     values = np.array([float(loss) for loss in losses])
     curve = [float(f"{part.mean():.4g}") for part in np.array_split(values, min(POINTS, steps))]
     return Run(
-        spec, final, tuple(curve), (*found, (steps, final)),
+        spec,
+        final,
+        tuple(curve),
+        (*found, (steps, final)),
         round(share(trainee, x[: spec.batch], labels[: spec.batch], PROFILED), 4),
-        round(float(np.median(seconds)) * 1e3, 3), where, datetime.date.today().isoformat(),
-    )  # fmt: skip
+        round(float(np.median(seconds)) * 1e3, 3),
+        where,
+        datetime.date.today().isoformat(),
+    )

@@ -60,10 +60,9 @@ def table(rows: Sequence[Row], long: bool = False) -> list[str]:
         wanted = [(phase, "copy") for phase in PHASES[: 3 if long else 2]]
         wanted += [(phase, peer) for peer in peers for phase in PHASES[0 if long else 2 :]]
         titles = [
-            f"{phase} / copy" if peer == "copy"
-            else f"{TITLES.get(peer, peer)} / ours" + f", {phase}" * long
+            f"{phase} / copy" if peer == "copy" else f"{TITLES.get(peer, peer)} / ours" + f", {phase}" * long
             for phase, peer in wanted
-        ]  # fmt: skip
+        ]
         times = ["forward, ms", "backward, ms", "plan, ms", "copy, ms", "share, forward", "share, backward"]
         times = times if long else []
         lines, columns = [], []

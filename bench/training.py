@@ -78,16 +78,23 @@ def _sweep(options: argparse.Namespace, arguments: list[str]) -> None:
         out.mkdir(parents=True, exist_ok=True)
     runs = sweep(
         _specs(suite, options.data or (DEFAULT if data.name == DEFAULT else "digits"), images),
-        out and out / f"{stem}.jsonl", jobs=jobs, threads=where.threads, device=options.device,
+        out and out / f"{stem}.jsonl",
+        jobs=jobs,
+        threads=where.threads,
+        device=options.device,
         where=", ".join(filter(None, [where.gpu, where.cpu])),
-    )  # fmt: skip
+    )
     size = "×".join(map(str, data.x.shape[2:]))
     about = f"{suite.about}: {data.name}, {images:,} images of {size}, {suite.epochs} epochs"
     said = report.about(where, "training", arguments, f"{about}, {jobs} trainings at a time.")
     report.publish(
-        out, stem, suite.about, curves.report(runs, said), where,
+        out,
+        stem,
+        suite.about,
+        curves.report(runs, said),
+        where,
         draw=lambda figure: curves.draw(figure, runs, about),
-    )  # fmt: skip
+    )
 
 
 def _suite(options: argparse.Namespace) -> Suite:
@@ -110,12 +117,24 @@ def _specs(suite: Suite, data: str, images: int) -> list[Spec]:
     """Return the suite's trainings, all of one seed before the next."""
     return [
         Spec(
-            network, data, images, suite.epochs, batch, rate * batch / REFERENCE_BATCH, norm, gradient, seed,
+            network,
+            data,
+            images,
+            suite.epochs,
+            batch,
+            rate * batch / REFERENCE_BATCH,
+            norm,
+            gradient,
+            seed,
         )
-        for seed in range(suite.seeds) for network in suite.networks for rate in suite.rates
-        for batch in suite.batches for gradient in suite.gradients for norm in suite.norms
+        for seed in range(suite.seeds)
+        for network in suite.networks
+        for rate in suite.rates
+        for batch in suite.batches
+        for gradient in suite.gradients
+        for norm in suite.norms
         if gradient == "exact" or _has_gradients(norm)
-    ]  # fmt: skip
+    ]
 
 
 def _has_gradients(norm: str) -> bool:
@@ -147,8 +166,11 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     add("--batches", type=_numbers, help="batch sizes")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--threads", type=integer, help="of each; default: 1, or with --speed all cores")
-    add("--speed", action="store_true",
-        help="only the time of a step, of random images, and normalization's share of it")  # fmt: skip
+    add(
+        "--speed",
+        action="store_true",
+        help="only the time of a step, of random images, and normalization's share of it",
+    )
     add("--channels-last", action="store_true", help="with --speed")
     add("--rounds", type=integer, help="steps of each, with --speed; default: 40")
     options = one.parse_args(arguments)

@@ -67,10 +67,12 @@ def borrowed(arguments: Arguments) -> Arguments:
     Raises:
         TypeError, ValueError: as `sbncore.arrays.borrow`.
     """
-    return Arguments(*[
-        borrow(array, name, written) if array is not None or name == "x" else None
-        for array, name, written in zip(arguments, NAMES, WRITTEN, strict=True)
-    ])  # fmt: skip
+    return Arguments(
+        *[
+            borrow(array, name, written) if array is not None or name == "x" else None
+            for array, name, written in zip(arguments, NAMES, WRITTEN, strict=True)
+        ]
+    )
 
 
 def prepared(views: Arguments, plan: Plan, options: Options) -> Prepared:

@@ -20,18 +20,28 @@ _READ_ONLY, _IS_COPIED = 1, 2
 
 class _Tensor(ctypes.Structure):  # DLTensor
     _fields_ = [
-        ("data", ctypes.c_void_p), ("device", ctypes.c_int32), ("index", ctypes.c_int32),
-        ("ndim", ctypes.c_int32), ("code", ctypes.c_uint8), ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16), ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)), ("offset", ctypes.c_uint64),
-    ]  # fmt: skip
+        ("data", ctypes.c_void_p),
+        ("device", ctypes.c_int32),
+        ("index", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("offset", ctypes.c_uint64),
+    ]
 
 
 class _Versioned(ctypes.Structure):  # DLManagedTensorVersioned
     _fields_ = [
-        ("major", ctypes.c_uint32), ("minor", ctypes.c_uint32), ("context", ctypes.c_void_p),
-        ("deleter", ctypes.c_void_p), ("flags", ctypes.c_uint64), ("tensor", _Tensor),
-    ]  # fmt: skip
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("context", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+        ("flags", ctypes.c_uint64),
+        ("tensor", _Tensor),
+    ]
 
 
 _api = ctypes.pythonapi
@@ -98,9 +108,12 @@ class _Interface:
     def __init__(self, memory: Memory) -> None:
         self.owner = memory.capsule
         self.__array_interface__ = {
-            "version": 3, "data": (memory.address, False), "shape": memory.shape,
-            "strides": memory.strides, "typestr": memory.dtype.str,
-        }  # fmt: skip
+            "version": 3,
+            "data": (memory.address, False),
+            "shape": memory.shape,
+            "strides": memory.strides,
+            "typestr": memory.dtype.str,
+        }
 
 
 def numpy_view(memory: Memory) -> np.ndarray:

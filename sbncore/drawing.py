@@ -97,9 +97,7 @@ def _recipe(sampler: Sampler, shape: tuple[int, ...], channel_axis: int) -> Reci
     return _drawn(sampler, shape, channel_axis, itertools.count())
 
 
-def _drawn(
-    sampler: Sampler, shape: tuple[int, ...], channel_axis: int, keys: Iterator[int]
-) -> Recipe:
+def _drawn(sampler: Sampler, shape: tuple[int, ...], channel_axis: int, keys: Iterator[int]) -> Recipe:
     outer = batch_shape(shape, channel_axis)
     if 0 in outer:
         return Recipe(outer)

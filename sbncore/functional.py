@@ -110,10 +110,20 @@ def run_forward(
         y, state = run.forward(ready, views, x, plan, plan.count_with(prior, x.size), moving)
         kinds = tuple(None if p is None else p.dtype for p in (views.weight, views.bias))
         saved = Saved(
-            arguments.x, x, ready.layout, plan, state, arguments.weight, arguments.bias, kinds,
-            arguments.residual is not None, options.activation == "relu", options.gradient, ready.call,
+            arguments.x,
+            x,
+            ready.layout,
+            plan,
+            state,
+            arguments.weight,
+            arguments.bias,
+            kinds,
+            arguments.residual is not None,
+            options.activation == "relu",
+            options.gradient,
+            ready.call,
             probe(x),
-        )  # fmt: skip
+        )
         return (back(ready.layout.restore(y)) if arguments.out is None else arguments.out), saved
 
 
@@ -173,9 +183,12 @@ def backward(
             None if "x" not in wanted else out if out is not None else back(layout.restore(dx)),
             None if dweight is None else give(dweight, saved.weight),
             None if dbias is None else give(dbias, saved.bias),
-            None if "residual" not in wanted
-            else dy if dresidual is None else back(layout.restore(dresidual)),
-        )  # fmt: skip
+            None
+            if "residual" not in wanted
+            else dy
+            if dresidual is None
+            else back(layout.restore(dresidual)),
+        )
 
 
 def repair(dx: Array, dy: Array, saved: Saved, dweight: Array, dbias: Array) -> None:
@@ -232,9 +245,7 @@ def moments(
     return public(moments_of(views, plan, options, prior), kind, x)
 
 
-def moments_of(
-    views: Arguments, plan: Plan, options: Options, prior: Statistics | None = None
-) -> Moments:
+def moments_of(views: Arguments, plan: Plan, options: Options, prior: Statistics | None = None) -> Moments:
     """`moments` of views, in float64."""
     ready = prepared(views, plan, options)
     with on_device(*views):

@@ -148,9 +148,7 @@ def check_gradients(
         probes = [_Probe(a, _direction(rng, b - a), d) for d, (a, b) in enumerate(spans)]
         if grad.size <= elementwise:
             probes += [_Probe(i, np.ones(1), None) for i in range(grad.size)]
-        checker = _Checker(
-            function, arrays, name, grad, y, dy, _step(arrays[name], step), rtol, atol
-        )
+        checker = _Checker(function, arrays, name, grad, y, dy, _step(arrays[name], step), rtol, atol)
         worst, failures = checker.judge(probes)
         checks, failed = checks + len(probes), failed + failures
         by_input.append(worst)
@@ -295,9 +293,7 @@ class _Checker(NamedTuple):
         return Discrepancy(self.name, index, probe.number, analytic, numerical, error, excess, hint)
 
 
-def _inputs(
-    inputs: Sequence[Array] | Mapping[str, Array], names: Sequence[str] | None
-) -> dict[str, Array]:
+def _inputs(inputs: Sequence[Array] | Mapping[str, Array], names: Sequence[str] | None) -> dict[str, Array]:
     if isinstance(inputs, Mapping):
         names, inputs = list(inputs) if names is None else names, list(inputs.values())
     if isinstance(inputs, np.ndarray):

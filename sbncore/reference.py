@@ -95,9 +95,7 @@ def backward(dy: ArrayLike, saved: Saved, gradient: str = "exact") -> dict[str, 
     dbias = (counted * g).sum(axes)
     dweight = (counted * g * xhat).sum(axes)
     through = 0.0 if gradient == "detached" else p
-    dx = _along(saved.weight * saved.rstd, x) * (
-        g - through * (_along(dbias, x) + xhat * _along(dweight, x))
-    )
+    dx = _along(saved.weight * saved.rstd, x) * (g - through * (_along(dbias, x) + xhat * _along(dweight, x)))
     return {"x": dx, "weight": dweight, "bias": dbias, "residual": g}
 
 

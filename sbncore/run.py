@@ -54,11 +54,20 @@ def forward(
     held = dense_vectors(views, ready) if copied else views
     draw, step = call.drawn(plan)
     at = Pointers(
-        y=_at(y), x=address(x), residual=_at(residual), mask=_at(mask), state=address(values),
-        memory=_at(memory), weight=_at(held.weight), bias=_at(held.bias), step=_at(viewed(step)),
-        running_mean=_at(held.running_mean), running_var=_at(held.running_var),
-        prior_mean=_at(held.prior_mean), prior_var=_at(held.prior_var),
-    )  # fmt: skip
+        y=_at(y),
+        x=address(x),
+        residual=_at(residual),
+        mask=_at(mask),
+        state=address(values),
+        memory=_at(memory),
+        weight=_at(held.weight),
+        bias=_at(held.bias),
+        step=_at(viewed(step)),
+        running_mean=_at(held.running_mean),
+        running_var=_at(held.running_var),
+        prior_mean=_at(held.prior_mean),
+        prior_var=_at(held.prior_var),
+    )
     scalars = Scalars(ready.eps, moving.momentum, unbiased(count), moving.skip_nonfinite)
     call.forward(at, draw, scalars, stream_of(x))
     if copied:
@@ -109,10 +118,17 @@ def backward(
     elif dx is not None or dresidual is not None or "weight" in wanted or "bias" in wanted:
         memory, flat = new(x, call.memory, "u1") if call.memory else None, layout.flatten(dy)
         at = Pointers(
-            dx=_at(dx), dresidual=_at(dresidual), dweight=_at(sums[0]), dbias=_at(sums[1]), x=address(x),
-            dy=address(flat), state=address(state.values), mask=_at(state.mask), memory=_at(memory),
+            dx=_at(dx),
+            dresidual=_at(dresidual),
+            dweight=_at(sums[0]),
+            dbias=_at(sums[1]),
+            x=address(x),
+            dy=address(flat),
+            state=address(state.values),
+            mask=_at(state.mask),
+            memory=_at(memory),
             step=state.step_address,
-        )  # fmt: skip
+        )
         call.backward(at, state.draw, gradient, stream_of(x))
         if call.memory:
             state.memory["backward"] = memory, flat
@@ -135,9 +151,15 @@ def repair(saved: Saved, dx: np.ndarray, dy: np.ndarray, sums: list[np.ndarray])
     for k, each in enumerate(call.sums_to_repair_by(widen(sums[0]), widen(sums[1]), state.rows)):
         computable(total)[k * C : (k + 1) * C] = each
     at = Pointers(
-        dx=address(flat), dy=address(gradients), x=address(saved.x), state=address(state.values),
-        mask=_at(state.mask), memory=_at(memory), sums=address(total), step=state.step_address,
-    )  # fmt: skip
+        dx=address(flat),
+        dy=address(gradients),
+        x=address(saved.x),
+        state=address(state.values),
+        mask=_at(state.mask),
+        memory=_at(memory),
+        sums=address(total),
+        step=state.step_address,
+    )
     call.repair(at, state.draw, stream_of(saved.x))
     if call.memory:
         state.memory["repair"] = memory, total, gradients

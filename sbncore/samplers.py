@@ -282,7 +282,6 @@ def _amount(sampler: BatchSampling | FeatureSampling | NaiveSampling, total: int
         return max(1, round(sampler.amount * total))
     if sampler.amount > total:
         raise ValueError(
-            f"{type(sampler).__name__}: expected a count of at most the {total} {what}, "
-            f"got {sampler.amount}"
+            f"{type(sampler).__name__}: expected a count of at most the {total} {what}, got {sampler.amount}"
         )
     return int(sampler.amount)

@@ -79,14 +79,10 @@ class Call(Protocol):
     def drawn(self, plan: Plan) -> tuple[Draw | None, Any]:
         """Return a plan's draw, and the array in device memory that holds its step, if one does."""
 
-    def forward(
-        self, at: Pointers, draw: Draw | None, scalars: Scalars, stream: int | None = None
-    ) -> None:
+    def forward(self, at: Pointers, draw: Draw | None, scalars: Scalars, stream: int | None = None) -> None:
         """Write y, where it has an address, and the state."""
 
-    def backward(
-        self, at: Pointers, draw: Draw | None, gradient: str, stream: int | None = None
-    ) -> None:
+    def backward(self, at: Pointers, draw: Draw | None, gradient: str, stream: int | None = None) -> None:
         """Write the gradients that have an address."""
 
     def repair(self, at: Pointers, draw: Draw | None, stream: int | None = None) -> None:

@@ -63,9 +63,7 @@ def merge(*statistics: Statistics, weights: tuple[float, ...] | None = None) -> 
     elif len(weights) != len(statistics) or min(weights) < 0 or abs(math.fsum(weights) - 1) > 1e-9:
         raise ValueError(f"merge: expected {len(statistics)} weights that sum to 1, got {weights}")
     first = statistics[0].mean
-    moments = [
-        (widen(borrow(s.mean, "mean")), widen(borrow(s.var, "var")), s.count) for s in statistics
-    ]
+    moments = [(widen(borrow(s.mean, "mean")), widen(borrow(s.var, "var")), s.count) for s in statistics]
     return public(merge_moments(moments, weights), borrow(first, "mean").dtype, first)
 
 

@@ -32,9 +32,15 @@ class DeviceView:
     __slots__ = ("address", "dtype", "index", "memory", "owner", "shape", "strides")
 
     def __init__(
-        self, address: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype, index: int,
-        owner: Any, memory: DeviceMemory,
-    ) -> None:  # fmt: skip
+        self,
+        address: int,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...],
+        dtype: np.dtype,
+        index: int,
+        owner: Any,
+        memory: DeviceMemory,
+    ) -> None:
         self.address, self.shape, self.strides, self.dtype = address, shape, strides, dtype
         self.index, self.owner, self.memory = index, owner, memory
 

@@ -30,10 +30,7 @@ def build(kinds, source=None, optimize=True):
     text = device.source().partition("// A call's arguments")[1:]
     text = "".join(text) if source is None else source
     names = [name for name in instances(types=kinds)]
-    table = "\n".join(
-        f'{{"{name}", [](void* call) {{ {name}(*(const Call*)call); }}}},'
-        for name in names
-    )
+    table = "\n".join(f'{{"{name}", [](void* call) {{ {name}(*(const Call*)call); }}}},' for name in names)
     before, behind = ((EMULATOR / name).read_text() for name in ("device.h", "host.h"))
     behind = behind.replace('#include "instances.inc"', table)
     return library(f"{before}\n{text}\n{behind}", "-O1" if optimize else "-O0", "-ffp-contract=off")

@@ -25,9 +25,7 @@ def real_samplers():
     floors = st.sampled_from([4, 9, 40])
     return st.one_of(
         st.just(sbn.Full()),
-        st.builds(
-            sbn.BatchSampling, ratios(), st.sampled_from(sbn.BatchSampling.patterns), at_least=floors
-        ),
+        st.builds(sbn.BatchSampling, ratios(), st.sampled_from(sbn.BatchSampling.patterns), at_least=floors),
         st.builds(
             sbn.FeatureSampling,
             ratios(),
@@ -42,9 +40,7 @@ def real_samplers():
 def samplers():
     """Every sampler, mixtures and priors included; for batches of 4 samples or more."""
     virtual = st.builds(sbn.VirtualSamples, st.sampled_from([2, 3]))
-    pairs = st.one_of(
-        st.tuples(real_samplers(), virtual), st.tuples(real_samplers(), real_samplers())
-    )
+    pairs = st.one_of(st.tuples(real_samplers(), virtual), st.tuples(real_samplers(), real_samplers()))
     mixtures = st.builds(
         lambda w, pair: sbn.Mixture([(w, pair[0]), (1 - w, pair[1])]), st.sampled_from([0.5, 0.25]), pairs
     )

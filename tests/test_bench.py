@@ -325,9 +325,7 @@ def test_the_gpu_benchmark_from_its_options_to_its_files(on_the_cpu, monkeypatch
         get_device_name=lambda: "A GPU",
     )  # fmt: skip
     torch = pytest.importorskip("torch")
-    stub = types.SimpleNamespace(
-        __version__="2", cuda=on_gpu, version=torch.version, backends=torch.backends
-    )
+    stub = types.SimpleNamespace(__version__="2", cuda=on_gpu, version=torch.version, backends=torch.backends)
     monkeypatch.setattr(device, "cupy", lambda: fake)
     monkeypatch.setattr(cuda, "_torch", lambda: stub)
     monkeypatch.setattr(cuda, "_shared", lambda *_: null)

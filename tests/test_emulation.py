@@ -20,6 +20,8 @@ from sbncore.cuda import call, geometry, record
 from sbncore.statistics import unbiased
 
 NAMES = {"float64": "double", "float32": "float", "float16": "float16", "bfloat16": "bfloat16"}
+
+
 def emulator(*dtypes, **options):
     return emulation.EmulatedDevice([emulation.build((NAMES[dtype],)) for dtype in dtypes], **options)
 
@@ -54,9 +56,7 @@ def test_every_kernel_is_launched_and_right(rng, dtype):
     quarter = sbn.FeatureSampling(1 / 4)
     some = [(SAMPLERS["full"], "exact")]
     some += itertools.product((SAMPLERS["random"], SAMPLERS["run"], quarter), ("exact", "sampled"))
-    for shape, (sampler, gradient), last, relu, add in itertools.product(
-        SHAPES, some, *[[False, True]] * 3
-    ):
+    for shape, (sampler, gradient), last, relu, add in itertools.product(SHAPES, some, *[[False, True]] * 3):
         device = emulator(dtype, multiprocessors=1)
         run(device, rng, dtype, shape, sampler, last, relu, add, gradient)
         launched |= {name for name, _, _ in device.launches}

@@ -141,9 +141,7 @@ def test_parts_of_a_mixture_draw_independently():
     assert abs(shared - 1 / 8) < 0.02  # eight places for a run of four
 
 
-@pytest.mark.parametrize(
-    ("size", "count"), [(2, 1), (5, 2), (6, 4), (8, 3), (16, 2), (4100, 1), (5000, 3)]
-)
+@pytest.mark.parametrize(("size", "count"), [(2, 1), (5, 2), (6, 4), (8, 3), (16, 2), (4100, 1), (5000, 3)])
 def test_distinct_draws_every_set_alike(size, count):
     rows = [tuple(sorted(distinct(stream_key(0, 0, s, 0), size, count))) for s in range(DRAWS)]
     assert all(len(set(row)) == count for row in rows)

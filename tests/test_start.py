@@ -176,8 +176,6 @@ def test_without_a_writable_cache_one_warning_and_right_results(tmp_path):
     shutil.copytree(Path(sbn.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
     file.touch()
     nowhere = str(file / "cache")
-    where, *warned = python(
-        UNWRITABLE, tmp_path, SBNCORE_CACHE_DIR=nowhere
-    ).splitlines()
+    where, *warned = python(UNWRITABLE, tmp_path, SBNCORE_CACHE_DIR=nowhere).splitlines()
     assert where == str(package / "__init__.py")
     assert len(warned) == 1 and warned[0].startswith(f"sbncore: no writable cache at {nowhere}")

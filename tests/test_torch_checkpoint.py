@@ -51,9 +51,7 @@ def selective(saved):
     def policy(context, operator, *arguments, **options):
         return CheckpointPolicy.MUST_SAVE if operator in saved else CheckpointPolicy.PREFER_RECOMPUTE
 
-    return functools.partial(
-        kept, context_fn=functools.partial(create_selective_checkpoint_contexts, policy)
-    )
+    return functools.partial(kept, context_fn=functools.partial(create_selective_checkpoint_contexts, policy))
 
 
 convolutions = selective([torch.ops.aten.convolution.default])
@@ -136,6 +134,7 @@ def test_a_compiled_block_in_an_eager_checkpoint(layer, reentrant):
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # of Dynamo's own looking
 def test_a_block_whose_graph_breaks_in_a_checkpoint():
     """Its layer is called from what Dynamo left in Python."""
+
     class Broken(nn.Module):
         def __init__(self):
             super().__init__()

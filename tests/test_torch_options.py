@@ -35,9 +35,11 @@ GOOD = {
 
 def state_of(layer):
     plain = {name: value for name, value in vars(layer).items() if not isinstance(value, dict)}
-    return plain | {name: t.clone() for name, t in layer.state_dict().items()} | {
-        "untracked": layer.untracked.clone()
-    }
+    return (
+        plain
+        | {name: t.clone() for name, t in layer.state_dict().items()}
+        | {"untracked": layer.untracked.clone()}
+    )
 
 
 def same(a, b):

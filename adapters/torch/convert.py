@@ -72,8 +72,11 @@ def convert_sampled_batchnorm(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     options: dict[str, Any] = {
-        "gradient": gradient, "seed": seed, "skip_nonfinite": skip_nonfinite, "own_rows": own_rows,
-    }  # fmt: skip
+        "gradient": gradient,
+        "seed": seed,
+        "skip_nonfinite": skip_nonfinite,
+        "own_rows": own_rows,
+    }
     by_name = sampler if isinstance(sampler, Mapping) else None
     chosen: Any = (sampler,) if by_name is None else (FULL, *by_name.values())
     for one in chosen:
@@ -113,9 +116,12 @@ def convert_sampled_batchnorm(
             new.__dict__["_converted_from"] = type(module)
         activation = getattr(module, "activation", None) if plain is None else None
         new.configure(
-            sampler=samplers[module], activation=activation, process_group=group, layer=numbers[module],
+            sampler=samplers[module],
+            activation=activation,
+            process_group=group,
+            layer=numbers[module],
             **options,
-        )  # fmt: skip
+        )
         return new
 
     model = _replaced(model, sampled)
@@ -193,9 +199,7 @@ def _summary(notes: list[str]) -> str:
     for note in notes:
         name, separator, text = note.partition(": ")
         by_text.setdefault(text if separator else note, []).append(name if separator else "")
-    return "\n".join(
-        f"{', '.join(names)}: {text}" if names[0] else text for text, names in by_text.items()
-    )
+    return "\n".join(f"{', '.join(names)}: {text}" if names[0] else text for text, names in by_text.items())
 
 
 def _like(module: nn.Module, kind: type[Any]) -> Any:

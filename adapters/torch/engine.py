@@ -146,10 +146,20 @@ def forward(
     weight, bias, mean, var, prior_mean, prior_var = map(address, held)
     draw, step = plan.draw, 0 if plan.step is None else address(plan.step)
     at = Pointers(
-        y=address(y), x=address(x), residual=address(residual), mask=address(mask), state=address(state),
-        memory=address(memory), weight=weight, bias=bias, running_mean=mean, running_var=var,
-        prior_mean=prior_mean, prior_var=prior_var, step=step,
-    )  # fmt: skip
+        y=address(y),
+        x=address(x),
+        residual=address(residual),
+        mask=address(mask),
+        state=address(state),
+        memory=address(memory),
+        weight=weight,
+        bias=bias,
+        running_mean=mean,
+        running_var=var,
+        prior_mean=prior_mean,
+        prior_var=prior_var,
+        step=step,
+    )
     call.forward(at, draw, scalars, stream_of(x))
     if x.is_cuda and draw is not None and not step:
         state[-1:].view(torch.int64).fill_(draw.step)
@@ -193,10 +203,17 @@ def backward(
         return dx, *(None if each is None else each.zero_() for each in (dweight, dbias)), dresidual
     memory = new(call.memory, dtype=torch.uint8) if call.memory else None
     at = Pointers(
-        dx=address(dx), dresidual=address(dresidual) if relu else 0, dweight=address(dweight),
-        dbias=address(dbias), x=address(x), dy=address(dy), mask=address(mask), state=address(values),
-        memory=address(memory), step=0 if plan.step is None else address(plan.step),
-    )  # fmt: skip
+        dx=address(dx),
+        dresidual=address(dresidual) if relu else 0,
+        dweight=address(dweight),
+        dbias=address(dbias),
+        x=address(x),
+        dy=address(dy),
+        mask=address(mask),
+        state=address(values),
+        memory=address(memory),
+        step=0 if plan.step is None else address(plan.step),
+    )
     call.backward(at, plan.draw, gradient, stream_of(x))
     return dx, dweight, dbias, dresidual
 
@@ -214,9 +231,15 @@ def repair(
     sums_ = call.sums_to_repair_by(*sums, values[:-1].view(ROWS, ready.layout.C))
     total = torch.stack(sums_).to(getattr(torch, call.sums_element))
     at = Pointers(
-        dx=address(dx), x=address(x), dy=address(dy), mask=address(mask), state=address(values),
-        memory=address(memory), sums=address(total), step=0 if plan.step is None else address(plan.step),
-    )  # fmt: skip
+        dx=address(dx),
+        x=address(x),
+        dy=address(dy),
+        mask=address(mask),
+        state=address(values),
+        memory=address(memory),
+        sums=address(total),
+        step=0 if plan.step is None else address(plan.step),
+    )
     call.repair(at, plan.draw, stream_of(x))
 
 

@@ -29,10 +29,17 @@ class BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
-        running_mean: Tensor | None, running_var: Tensor | None, step: Tensor, options: Options,
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        step: Tensor,
+        options: Options,
         in_place: bool = False,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         tensors = (x, weight, bias, residual, running_mean, running_var, step)
         y, state, mask, mean, var = ops.forward(tensors, options[:-1], in_place)
         ctx.save_for_backward(x, weight, bias, state, mask)
@@ -54,9 +61,19 @@ class BatchNorm(torch.autograd.Function):
             return differentiable(dy, x, weight, bias, state, mask, options, needs) + nothing[4:]
         passes = needs[3] and not options.relu  # the residual's gradient is dy itself
         dx, dweight, dbias, dresidual = ops.backward(
-            dy, x, weight, bias, state, mask, options.sampler, options.seed, options.layer, options.relu,
-            options.gradient, [*needs[:3], needs[3] and not passes],
-        )  # fmt: skip
+            dy,
+            x,
+            weight,
+            bias,
+            state,
+            mask,
+            options.sampler,
+            options.seed,
+            options.layer,
+            options.relu,
+            options.gradient,
+            [*needs[:3], needs[3] and not passes],
+        )
         gradients = (dx, dweight, dbias, dy if passes else dresidual)
         return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *nothing[4:]
 
@@ -78,9 +95,13 @@ def differentiable(
         p = torch.from_numpy(plan.weights()).to(x.device, kind).unsqueeze(1)
         centre, var = (row.view(along) for row in state[: 2 * C].view(2, C).to(kind))
         needed = [False, False, False, True]
-        gate = ops.backward(
-            torch.ones_like(x), x, None, None, state, mask, *sample[:3], options.relu, "detached", needed
-        )[3].to(kind) if options.relu else None  # fmt: skip
+        gate = (
+            ops.backward(
+                torch.ones_like(x), x, None, None, state, mask, *sample[:3], options.relu, "detached", needed
+            )[3].to(kind)
+            if options.relu
+            else None
+        )
     total = lambda terms: terms.sum(axes, keepdim=True)  # noqa: E731
     offset = x.to(kind) - centre
     mean, square = total(p * offset), total(p * offset**2)

@@ -132,11 +132,8 @@ def _swap(
     norms = [norm for _, norms in swaps for norm in norms]
     containers = [module, *(child for _, child in reach(module) if inlined(child))]
     places = [
-        (box, key, relu)
-        for box in containers
-        for key, relu in box._modules.items()
-        if relu in identities
-    ]  # fmt: skip
+        (box, key, relu) for box in containers for key, relu in box._modules.items() if relu in identities
+    ]
     for box, key, relu in places:
         box._modules[key] = identities[relu]
     try:

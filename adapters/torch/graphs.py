@@ -217,9 +217,10 @@ def _addends(add: fx.Node) -> list[fx.Node]:
     options = {key: value for key, value in add.kwargs.items() if key not in ("input", "other")}
     # A parameter would broadcast. x.size(0) and the like are numbers.
     tensors = [
-        node for node in add.all_input_nodes
+        node
+        for node in add.all_input_nodes
         if node.op != "get_attr" and node.target not in (getattr, "size", "dim", "numel")
-    ]  # fmt: skip
+    ]
     count = len(add.args) + len(add.kwargs) - len(options)
     return tensors if plain and options in ({}, {"alpha": 1}) and len(tensors) == count == 2 else []
 

@@ -90,9 +90,15 @@ class SampledBatchNorm(_BatchNorm):
         if not bias:
             self.register_parameter("bias", None)
         self.configure(
-            sampler=sampler, gradient=gradient, activation=activation, process_group=process_group, seed=seed,
-            layer=layer, skip_nonfinite=skip_nonfinite, own_rows=own_rows,
-        )  # fmt: skip
+            sampler=sampler,
+            gradient=gradient,
+            activation=activation,
+            process_group=process_group,
+            seed=seed,
+            layer=layer,
+            skip_nonfinite=skip_nonfinite,
+            own_rows=own_rows,
+        )
 
     def configure(self, **options: Any) -> None:
         """Set what torch's layer has not; arguments as the class's keyword-only ones, all of them."""
@@ -178,9 +184,15 @@ class SampledBatchNorm(_BatchNorm):
         if momentum is None:  # as torch: of no number of batches there is no average
             momentum = 0.0 if self.num_batches_tracked is None else 1.0
         return Options(
-            self._name, ops.word(self.seed), ops.word(self.layer), momentum, self.eps,
-            self.activation == "relu", self.skip_nonfinite, self.gradient,
-        )  # fmt: skip
+            self._name,
+            ops.word(self.seed),
+            ops.word(self.layer),
+            momentum,
+            self.eps,
+            self.activation == "relu",
+            self.skip_nonfinite,
+            self.gradient,
+        )
 
     def _evaluated(self, input: Tensor, residual: Tensor | None) -> Tensor:
         mean, var = self.running_mean, self.running_var

@@ -125,9 +125,7 @@ FORWARD = torch.ops.sbncore.forward.default
 BACKWARD = torch.ops.sbncore.backward.default
 
 
-def forward(
-    tensors: tuple[Any, ...], options: tuple[Any, ...], in_place: bool
-) -> tuple[Tensor, ...]:
+def forward(tensors: tuple[Any, ...], options: tuple[Any, ...], in_place: bool) -> tuple[Tensor, ...]:
     """Call the operator; by torch's dispatcher when a mode, compiler or profiler is active.
 
     ``in_place`` allows to move the running statistics themselves, which are then the results. What there is

@@ -43,9 +43,17 @@ class BatchNormOverRanks(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
-        running_mean: Tensor | None, running_var: Tensor | None, step: Tensor, options: Options, group: Any,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        step: Tensor,
+        options: Options,
+        group: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         layer = ops.word(options.layer + RANK * dist.get_rank(group))
         sample = Sample(options.sampler, options.seed, layer, fewest=1)
         plan = engine.plan_of(x, sample, step)
@@ -97,9 +105,9 @@ class BatchNormOverRanks(torch.autograd.Function):
         wanted = [needs[0], *[sums_wanted and not from_sample] * 2, needs[3]]
         dx, dweight, dbias, dresidual = engine.backward(dy, x, state, plan, "detached", relu, wanted)
         if from_sample:
-            dweight, dbias = engine.backward(
-                dy, x, state, plan, "sampled", relu, [False, True, True, False]
-            )[1:3]
+            dweight, dbias = engine.backward(dy, x, state, plan, "sampled", relu, [False, True, True, False])[
+                1:3
+            ]
         if through:
             assert dx is not None and dweight is not None and dbias is not None  # all of them were wanted
             total = torch.cat([dweight, dbias]).to(torch.float64)

@@ -120,9 +120,7 @@ def constants(mean: Tensor, var: Tensor, *others: Tensor | None) -> tuple[Tensor
 
 
 @skip
-def _read(
-    state: Sequence[Tensor], keeps: bool, counted: bool = True
-) -> tuple[Sequence[Tensor], bool]:
+def _read(state: Sequence[Tensor], keeps: bool, counted: bool = True) -> tuple[Sequence[Tensor], bool]:
     """`read`, and for a state without a counter its copies."""
     counter, values, within = state[0], None, []
     counts = torch._C._current_graph_task_id() == -1

@@ -79,9 +79,7 @@ def layout_of(x: Tensor) -> Layout:
 
 
 @lru_cache(maxsize=4096)
-def _dense_layout(
-    shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype
-) -> Layout | None:
+def _dense_layout(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> Layout | None:
     """Return the layout of tensors that are dense, and as whose y is to lie, or None of others."""
     x = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
     alike = (torch.preserve_format, format_of(x))

@@ -64,8 +64,9 @@ def _teller(folder: Path, names: list[str], cpu: str) -> Callable[[], None]:
             print(
                 f"sbncore: compiling {len(names)} functions for the CPU {cpu!r}, about {seconds} s. "
                 f"It happens once, they are kept in {folder}. To do it ahead: python -m sbncore warmup",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+                file=sys.stderr,
+                flush=True,
+            )
 
     return tell
 

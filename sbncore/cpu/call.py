@@ -66,9 +66,7 @@ class Call:
     def drawn(self, plan: Plan) -> tuple[Draw | None, None]:
         return plan.now().draw, None
 
-    def forward(
-        self, at: Pointers, draw: Draw | None, scalars: Scalars, stream: int | None = None
-    ) -> None:
+    def forward(self, at: Pointers, draw: Draw | None, scalars: Scalars, stream: int | None = None) -> None:
         runs = self.runs(draw) if self.recipe.prior < 1 else NOWHERE
         prepared = self._forward(runs.number, at.y > 0, at.mask > 0)
         record = Record.from_buffer_copy(prepared.template)
@@ -80,9 +78,7 @@ class Call:
             step_at(at.state + 8 * ROWS * self.channels).value = _signed(draw.step)
         self._run(prepared, record, at, runs)
 
-    def backward(
-        self, at: Pointers, draw: Draw | None, gradient: str, stream: int | None = None
-    ) -> None:
+    def backward(self, at: Pointers, draw: Draw | None, gradient: str, stream: int | None = None) -> None:
         runs, sums_over = NOWHERE, EVERYTHING
         if gradient != "detached" and self.recipe.parts:  # it flows through the statistics
             runs = self.runs(draw)
@@ -115,9 +111,11 @@ class Call:
             division.memory, "forward", self.storage.char, relu, residual, masked, drawn > 0
         )
         choices = {
-            "full": full, "multiplier": self.share if drawn else 0.0, "writes": writes,
+            "full": full,
+            "multiplier": self.share if drawn else 0.0,
+            "writes": writes,
             "nontemporal": nontemporal,
-        }  # fmt: skip
+        }
         return self._prepared(kernel, drawn, full and division.cached, choices, EVERYTHING)
 
     def _prepare_backward(
@@ -126,16 +124,17 @@ class Call:
         layout, division = self.signature.layout, self.division
         nontemporal = division.whole and self.elements * self.storage.itemsize >= engine.NONTEMPORAL_BYTES
         relu, masked = self.signature.relu, self.mask > 0
-        kernel = kernels.kernel(
-            division.memory, "backward", self.storage.char, relu, residual, masked, False
-        )
+        kernel = kernels.kernel(division.memory, "backward", self.storage.char, relu, residual, masked, False)
         values = layout.N * layout.S / (1 - self.recipe.prior or 1)  # that the sums are estimated for
         multiplier = values if sums_over == SAMPLE else 0.0
         full = self.recipe.full and drawn > 0
         choices = {
-            "full": full, "multiplier": multiplier, "writes": writes, "nontemporal": nontemporal,
+            "full": full,
+            "multiplier": multiplier,
+            "writes": writes,
+            "nontemporal": nontemporal,
             "repairs": repairs,
-        }  # fmt: skip
+        }
         return self._prepared(kernel, drawn, sums_over != SAMPLE, choices, sums_over)
 
     def _prepared(
@@ -154,9 +153,7 @@ class Call:
         partial = engine.multiple(16 * record.groups * self.channels, CACHE_LINE)
         return Prepared(kernel, bytes(record), partial, scratch)
 
-    def _run(
-        self, prepared: Prepared, record: Record, at: Pointers, runs: Drawn
-    ) -> None:
+    def _run(self, prepared: Prepared, record: Record, at: Pointers, runs: Drawn) -> None:
         """Give the record its addresses and scratch memory, and run its kernel on it."""
         kernel, _, partial, scratch = prepared
         count = threads.count(self.division.tasks) if engine.parallel(self.elements) else 1
@@ -164,11 +161,32 @@ class Call:
         room, here = np.empty(CACHE_LINE + total + 16 * self.channels, np.uint8), addressof(record)
         first = (address(room) + CACHE_LINE - 1) & -CACHE_LINE
         _ADDRESSES.pack_into(
-            record, Record.x.offset, at.x, at.y, at.residual, at.mask, at.dy, at.dx, at.dresidual, at.state,
-            at.weight, at.bias, at.running_mean, at.running_var, at.dweight, at.dbias, at.prior_mean,
-            at.prior_var, runs.begin, runs.length, runs.share, at.sums or first + total, first, here + CLAIMS,
+            record,
+            Record.x.offset,
+            at.x,
+            at.y,
+            at.residual,
+            at.mask,
+            at.dy,
+            at.dx,
+            at.dresidual,
+            at.state,
+            at.weight,
+            at.bias,
+            at.running_mean,
+            at.running_var,
+            at.dweight,
+            at.dbias,
+            at.prior_mean,
+            at.prior_var,
+            runs.begin,
+            runs.length,
+            runs.share,
+            at.sums or first + total,
+            first,
+            here + CLAIMS,
             first + partial,
-        )  # fmt: skip
+        )
         threads.run(kernel, here, count)
 
 

@@ -50,9 +50,12 @@ def drawing(recipe: Recipe) -> Callable[[Draw], Drawn]:
     """Return what finds the runs of a recipe that is taken here, of a draw whose words are int64s."""
     part = recipe.parts[0]
     fixed = {
-        "stream": part.key, "first": part.first, "rows": part.rows, "S": recipe.S,
+        "stream": part.key,
+        "first": part.first,
+        "rows": part.rows,
+        "S": recipe.S,
         "weight": part.weight / part.count,
-    }  # fmt: skip
+    }
     if isinstance(part, WholeSamples):
         if recipe.full:
             everything = Drawn.of(Plan(recipe).runs)
@@ -64,9 +67,12 @@ def drawing(recipe: Recipe) -> Callable[[Draw], Drawn]:
         length = min(part.length, part.positions)
         name, most = "map_places", (-(-part.positions // length) + 1) * part.rows
         fixed |= {
-            "positions": part.positions, "run": length, "stride": part.stride, "align": part.align,
+            "positions": part.positions,
+            "run": length,
+            "stride": part.stride,
+            "align": part.align,
             "common": part.common,
-        }  # fmt: skip
+        }
     template, share = bytes(Argument(**fixed)), np.empty(most)  # all draws write the same weights
     weights, row = address(share), 8 * most
 

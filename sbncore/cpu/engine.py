@@ -61,6 +61,7 @@ class Engine:
         """Return of how many tasks sums are kept apart, over everything or over so many runs."""
         raise NotImplementedError
 
+
 class First(Engine):
     """Channels-first.
 
@@ -86,9 +87,14 @@ class First(Engine):
         size, cuts = max(block, sweep), {"block": block, "sweep": sweep, "spread": spread}
         sums, rows = 16 * size, 8 * 6 * block * S if S < LANES else 0
         self.prepare(
-            cuts, pilots=8 * tuning.PILOTS, sums=sums, slopes=sums, lane_sums=LANES * sums, rows=rows,
+            cuts,
+            pilots=8 * tuning.PILOTS,
+            sums=sums,
+            slopes=sums,
+            lane_sums=LANES * sums,
+            rows=rows,
             weights=8 * (S + 2 * LANES),
-        )  # fmt: skip
+        )
 
     def groups(self, everything: bool, drawn: int) -> int:
         return self.swept if everything else 0
@@ -123,9 +129,13 @@ class Last(Engine):
         self.tasks, self.piece = -(-places // span), piece * width
         cuts = {"tile": tile, "piece": piece, "span": span}
         self.prepare(
-            cuts, pilots=8 * tuning.PILOTS, sums=16 * tuning.CHANNEL_BLOCK, slopes=16 * C,
-            rows=8 * 5 * tile * C, pieces=0,
-        )  # fmt: skip
+            cuts,
+            pilots=8 * tuning.PILOTS,
+            sums=16 * tuning.CHANNEL_BLOCK,
+            slopes=16 * C,
+            rows=8 * 5 * tile * C,
+            pieces=0,
+        )
 
     def groups(self, everything: bool, drawn: int) -> int:
         return self.tasks if everything else min(tuning.RUN_TASKS, drawn)

@@ -64,32 +64,34 @@ class Call:
     def drawn(self, plan: Plan) -> tuple[Draw | None, Any]:
         return plan.draw, None if plan.step is None else self.device.step(plan.step)
 
-    def forward(
-        self, at: Pointers, draw: Draw | None, scalars: Scalars, stream: int | None = None
-    ) -> None:
+    def forward(self, at: Pointers, draw: Draw | None, scalars: Scalars, stream: int | None = None) -> None:
         recipe = self.signature.recipe
         if not recipe.disjoint and draw is not None and at.step:
             raise ValueError("plan: expected parts that share no samples where an array holds the step")
         launches, total_scale, blocks = self._forward(at.y > 0)
         between = self._between(at.memory, not recipe.full)
         numbers = Numbers(
-            recipe.prior, *scalars[:3], total_scale, scalars.skip_nonfinite, from_places=not recipe.full,
+            recipe.prior,
+            *scalars[:3],
+            total_scale,
+            scalars.skip_nonfinite,
+            from_places=not recipe.full,
             from_blocks=blocks,
-        )  # fmt: skip
+        )
         step_kept = at.state + 8 * ROWS * self.channels if at.step else 0
         filled = record.filled(self.template, at, between, numbers, step_kept, self._keys(draw, at.step))
         self.device.launch(launches, filled, stream)
 
-    def backward(
-        self, at: Pointers, draw: Draw | None, gradient: str, stream: int | None = None
-    ) -> None:
+    def backward(self, at: Pointers, draw: Draw | None, gradient: str, stream: int | None = None) -> None:
         recipe = self.signature.recipe
         launches, through, sampled = self._backward(gradient, at.dx > 0, at.dresidual > 0)
         between = self._between(at.memory, sampled)
         numbers = Numbers(
-            total_scale=self.values / (1 - recipe.prior) if sampled else 1.0, from_places=sampled,
-            from_blocks=self._sums_left(sampled)[0], writes=not (through and recipe.full),
-        )  # fmt: skip
+            total_scale=self.values / (1 - recipe.prior) if sampled else 1.0,
+            from_places=sampled,
+            from_blocks=self._sums_left(sampled)[0],
+            writes=not (through and recipe.full),
+        )
         filled = record.filled(self.template, at, between, numbers, 0, self._keys(draw, at.step))
         self._launch(launches, filled, through, stream)
 
@@ -241,4 +243,3 @@ def _check(recipe: Recipe) -> None:
             "plan: expected at most 2**30 positions of a map and 2**32 values a channel on a GPU, got "
             f"{recipe.S} and {recipe.count}"
         )
-

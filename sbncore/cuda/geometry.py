@@ -135,9 +135,7 @@ def sweep(sizes: Sizes, multiprocessors: int, sums: bool = False) -> Sweep:
     share = -(-steps // _blocks(tiles, steps, resident * multiprocessors)) * height
     slots = row if last else tiles + fold * C
     blocks = -(-quads // share)
-    return Sweep(
-        layout, rows, row, vector, fold, columns, tile, share, slots, tiles, blocks, tile * height
-    )
+    return Sweep(layout, rows, row, vector, fold, columns, tile, share, slots, tiles, blocks, tile * height)
 
 
 def _least_waste(columns: int) -> int:
@@ -221,6 +219,15 @@ def fields(sizes: Sizes, writing: Sweep, summing: Sweep, places: Places) -> tupl
     """Return what the kernels read of the geometry, in the order of places.cu's Call."""
     over = writing
     return (
-        *sizes[:3], over.rows, over.row, over.vector, over.fold, over.columns, over.tile, over.share,
-        summing.share, over.slots, places.tile,
-    )  # fmt: skip
+        *sizes[:3],
+        over.rows,
+        over.row,
+        over.vector,
+        over.fold,
+        over.columns,
+        over.tile,
+        over.share,
+        summing.share,
+        over.slots,
+        places.tile,
+    )

@@ -65,10 +65,31 @@ def filled(
     """Return the bytes of a run."""
     record = bytearray(template)
     _HEAD.pack_into(
-        record, 0, at.y, at.dx, at.dresidual, at.mask, at.dweight, at.dbias, at.running_mean,
-        at.running_var, at.state, step_kept, between.partial, between.shift, between.slopes, at.x, at.dy,
-        at.residual, at.weight, at.bias, at.prior_mean, at.prior_var, at.step, *numbers,
-    )  # fmt: skip
+        record,
+        0,
+        at.y,
+        at.dx,
+        at.dresidual,
+        at.mask,
+        at.dweight,
+        at.dbias,
+        at.running_mean,
+        at.running_var,
+        at.state,
+        step_kept,
+        between.partial,
+        between.shift,
+        between.slopes,
+        at.x,
+        at.dy,
+        at.residual,
+        at.weight,
+        at.bias,
+        at.prior_mean,
+        at.prior_var,
+        at.step,
+        *numbers,
+    )
     for k, words in enumerate(keys):
         _KEY.pack_into(record, _FIRST_PART + k * _PART.size, *words)
     for k, table in between.tables.items():

@@ -47,9 +47,14 @@ def stored(array: Any) -> DeviceView | None:
 def view_of_memory(memory: Memory) -> DeviceView:
     """Return the view of what a DLPack capsule describes."""
     return DeviceView(
-        memory.address, memory.shape, memory.strides, memory.dtype, memory.device_index, memory.capsule,
+        memory.address,
+        memory.shape,
+        memory.strides,
+        memory.dtype,
+        memory.device_index,
+        memory.capsule,
         MEMORY,
-    )  # fmt: skip
+    )
 
 
 def array_of(view: DeviceView) -> Any:
