@@ -121,16 +121,3 @@ def numpy_view(memory: Memory) -> np.ndarray:
     if 0 in memory.shape:
         return np.empty(memory.shape, memory.dtype)
     return np.asarray(_Interface(memory))
-
-
-def cupy_view(memory: Memory) -> Any:
-    """Return CuPy's view of memory on a CUDA device."""
-    from sbncore.cuda.device import cupy
-
-    xp = cupy()
-    size = sum(s * (n - 1) for n, s in zip(memory.shape, memory.strides, strict=True)) + memory.dtype.itemsize
-    if 0 in memory.shape:
-        size = 0
-    unowned = xp.cuda.UnownedMemory(memory.address, size, memory.capsule, memory.device_index)
-    pointer = xp.cuda.MemoryPointer(unowned, 0)
-    return xp.ndarray(memory.shape, memory.dtype, pointer, memory.strides)

@@ -86,11 +86,11 @@ def test_a_cpu_takes_the_best_objects_that_it_can_run(tmp_path, monkeypatch):
         (("some", v3), ["some", "x86-64-v3"]), (("other", v3.replace("+fma", "-fma")), []),
     ):  # fmt: skip
         monkeypatch.setattr(kernels, "cpu", lambda host=host: host)
-        found = kernels._folders.__wrapped__()
+        found = kernels.places.__wrapped__()
         assert found == [*(tmp_path / kernels.folder_name(each) for each in wanted), found[-1]]
     monkeypatch.setenv("NUMBA_CPU_NAME", "some")
     monkeypatch.setattr(kernels, "cpu", lambda: ("some", v4))
-    assert kernels._folders.__wrapped__()[:-1] == [tmp_path / kernels.folder_name("some")]
+    assert kernels.places.__wrapped__()[:-1] == [tmp_path / kernels.folder_name("some")]
 
 
 def test_another_source_is_another_folder(monkeypatch, tmp_path):

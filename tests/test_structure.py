@@ -52,9 +52,9 @@ ABOVE = {"arguments", "call", "estimates", "functional", "gradients", "run", "sa
 ENGINES = {
     "call": {"cpu.call", "cpu.engine", "cuda.call"},
     "arrays": {"cuda", "cuda.device"},
-    "dlpack": {"cuda.device"},
     "__init__": {"cpu.threads"},
-    "__main__": {"cpu", "cpu.kernels"},
+    "__main__": {"cpu"},
+    "environment": {"cpu", "cuda.device"},
 }  # fmt: skip
 
 

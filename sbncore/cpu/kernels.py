@@ -101,7 +101,7 @@ def compiled(name: str) -> Function | None:
 
 
 def _file(name: str) -> Path | None:
-    found = (folder / f"{name}.o" for folder in _folders())
+    found = (folder / f"{name}.o" for folder in places())
     return next((file for file in found if file.exists()), None)
 
 
@@ -118,8 +118,8 @@ def _load(name: str) -> Function:
 
 
 @cache
-def _folders() -> list[Path]:
-    """Where this CPU's objects may be: shipped with the package, or in the cache."""
+def places() -> list[Path]:
+    """Return where this CPU's objects may be: shipped with the package, or in the cache."""
     name, features = cpu()
     fit = [name]
     if "NUMBA_CPU_NAME" not in os.environ:
@@ -131,7 +131,7 @@ def _folders() -> list[Path]:
 @cache
 def _writable() -> Path:
     """Where what is missing is compiled to: the cache, or a folder of this process's."""
-    folder = _folders()[-1]
+    folder = places()[-1]
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
@@ -139,8 +139,8 @@ def _writable() -> Path:
     warnings.warn(f"sbncore: no writable cache at {folder}, kernels compile anew", stacklevel=2)
     temporary = tempfile.TemporaryDirectory(prefix="sbncore-")
     atexit.register(temporary.cleanup)
-    _folders().append(Path(temporary.name))
-    return _folders()[-1]
+    places().append(Path(temporary.name))
+    return places()[-1]
 
 
 def cache_folder() -> Path:
