@@ -55,7 +55,7 @@ class SampledBatchNorm:
         layer: int = 0,
         check: bool | None = None,
     ) -> None:
-        self.eps, self.momentum = eps, momentum
+        self.num_features, self.eps, self.momentum = num_features, eps, momentum
         self.sampler, self.gradient, self.activation = sampler, gradient, activation
         self.channel_axis, self.seed, self.layer, self.check = channel_axis, seed, layer, check
         self.weight = self._xp.ones(num_features, dtype) if affine else None
@@ -69,6 +69,11 @@ class SampledBatchNorm:
         self.saved: sbn.Saved | None = None
         self._pending = False  # whether backward may still use it
         self._digest: int | None = None
+
+    def __repr__(self) -> str:
+        line = f"{type(self).__name__}({self.num_features}, eps={self.eps}, momentum={self.momentum}"
+        line += f", sampler={self.sampler}, layer={self.layer}"
+        return f"{line}, activation={self.activation!r})" if self.activation else f"{line})"
 
     def train(self, mode: bool = True) -> SampledBatchNorm:
         """Normalize by what is drawn from now on, and return self."""

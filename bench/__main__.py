@@ -6,15 +6,15 @@ import importlib
 import sys
 
 BENCHMARKS = {
-    "layer": "one BN layer: checked, then timed against a copy, NumPy and PyTorch",
-    "training": "networks trained by PyTorch on real images, with full and with sampled statistics",
-    "ensemble": "many copies of a network trained at once: differences of a tenth of a point",
-    "fidelity": "how near each sampler's estimates come on real activations, layer by layer",
-    "overhead": "what a call costs beside its kernels",
-    "targets": "the CPU engine against its goals, shape by shape",
-    "demo": "a small network trained in NumPy with each sampler: make demo",
-    "start": "imports and first calls on the CPU, in seconds, with and without compiled kernels",
-    "kernels": "what every CUDA kernel needs of a GPU, compiled without one",
+    "layer": "one BN layer: checked, then timed against a copy, NumPy and PyTorch (10 min; --quick 1)",
+    "training": "networks trained by PyTorch on real images, full and sampled statistics (hours; --quick 2)",
+    "ensemble": "many copies of a network trained at once: tenths of a point (5 min on a GPU; --quick 1)",
+    "fidelity": "how near each sampler's estimates come on real activations, layer by layer (3 min)",
+    "overhead": "what a call costs beside its kernels (1 min)",
+    "targets": "the CPU engine against its goals, shape by shape (15 min)",
+    "demo": "a small network trained in NumPy with each sampler: make demo (1 min)",
+    "start": "imports and first calls on the CPU, with and without compiled kernels (3 min)",
+    "kernels": "what every CUDA kernel needs of a GPU, compiled without one (2 min)",
 }
 
 

@@ -31,3 +31,7 @@ __all__ = [
     "fidelity", "Fidelity", "suggest",
     "get_num_threads", "set_num_threads",
 ]  # fmt: skip
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -44,7 +44,10 @@ def channels(view: np.ndarray, name: str, C: int, x: np.ndarray, *others: str) -
     """Complain unless an array is (C,), in the parameters' dtype, in x's own, or in another that may be."""
     _on_device(view, name, x)
     if view.shape != (C,):
-        raise ValueError(f"{name}: expected shape ({C},) for {C} channels, got {view.shape}")
+        hint = ""
+        if x.ndim > 2 and view.shape == x.shape[-1:]:
+            hint = f"; x of shape {x.shape} has {x.shape[-1]} channels where channel_axis=-1"
+        raise ValueError(f"{name}: expected shape ({C},) for {C} channels, got {view.shape}{hint}")
     kind = element_type(x)
     if element_type(view) not in (PARAMETER[kind], kind, *others):
         allowed = dict.fromkeys((PARAMETER[kind], kind, *others))

@@ -51,6 +51,14 @@ class Part:
         """Return begin and length of the runs, each within one sample, in any order."""
         raise NotImplementedError
 
+    def words(self, S: int) -> str:
+        """Return what is taken, of samples of S positions."""
+        raise NotImplementedError
+
+    def _rows(self) -> str:
+        last = self.first + self.rows - 1
+        return f"samples {self.first} to {last}" if self.first else f"{self.rows} samples"
+
 
 @dataclass(frozen=True)
 class WholeSamples(Part):
@@ -70,6 +78,12 @@ class WholeSamples(Part):
     def fits(self, N: int, S: int) -> bool:
         once = 1 <= self.samples * max(1, self.stride) <= self.rows and self.stride >= 0
         return super().fits(N, S) and once and self.size == S
+
+    def words(self, S: int) -> str:
+        how = {0: "at random", 1: "one behind the other"}.get(self.stride, f"every {self.stride}th")
+        if self.samples == self.rows:
+            return f"all of {self._rows()}"
+        return f"{self.samples} of {self._rows()}, {how}, whole"
 
     def places(self, S: int) -> tuple[Ints, Ints]:
         if self.stride:
@@ -104,6 +118,12 @@ class MapPlaces(Part):
         last = self.positions - further * self.length
         once = not further or self.length <= self.stride <= (S - last) // further
         return super().fits(N, S) and within and once
+
+    def words(self, S: int) -> str:
+        runs = -(-self.positions // self.length)
+        how = "in one run" if runs == 1 else f"in {runs} runs of {self.length}, {self.stride} apart"
+        where = "at one place for all" if self.common else "its place drawn for each sample"
+        return f"{self.positions} of {S} positions of every map of {self._rows()}, {how}, {where}"
 
     def places(self, S: int) -> tuple[Ints, Ints]:
         n = self.first + np.arange(self.rows, dtype=np.uint64)
@@ -140,6 +160,9 @@ class ScatteredPlaces(Part):
 
     def fits(self, N: int, S: int) -> bool:
         return super().fits(N, S) and 1 <= self.positions <= self.rows * S
+
+    def words(self, S: int) -> str:
+        return f"{self.positions} single positions anywhere in {self._rows()}"
 
     def places(self, S: int) -> tuple[Ints, Ints]:
         begin = self.first * S + distinct(self.key, self.rows * S, self.positions)
@@ -362,9 +385,11 @@ class Plan:
 
     def __str__(self) -> str:
         total = self.N * self.S
-        share = f", {self.count / total:.1%}" if total else ""
-        lines = [f"{self.count} of {total} values per channel{share}, of a batch {self.shape}"]
-        lines += [f"  weight {part.weight:g}: {part}" for part in self.parts]
+        share = f" ({self.count / total:.1%})" if total else ""
+        lines = [f"{self.count} of {total} values per channel{share} of a batch (N, *spatial) = {self.shape}"]
+        lines += [f"  weight {part.weight:g}: {part.words(self.S)}" for part in self.recipe.parts]
         if self.prior:
             lines.append(f"  weight {self.prior:g}: the given statistics")
+        if self.draw is not None and self.recipe.parts:
+            lines.append("  drawn by seed {}, layer {}, step {}".format(*self.draw))
         return "\n".join(lines)

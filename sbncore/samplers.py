@@ -8,6 +8,7 @@ int, and ``at_least`` is a floor on the number of values per channel, for small 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from numbers import Integral
@@ -83,6 +84,11 @@ class FeatureSampling(Sampler):
     def __post_init__(self) -> None:
         _settle(self)
         _check_choice("FeatureSampling", "place", self.place, ("sample", "common"))
+        if self.amount == 1 and not self.ratio and self.at_least == 1:
+            warnings.warn(
+                "FeatureSampling(1): an int is a count: one position of each map; 1.0 is everything",
+                stacklevel=3,
+            )
 
     def draw(self, batch: Batch, real: int) -> tuple[tuple[Part, ...], float]:
         S = batch.S

@@ -47,6 +47,7 @@ def drawn(sampler, shape=SHAPE, **name):
     return sampler.plan(shape, **name).weights() > 0
 
 
+@pytest.mark.filterwarnings("ignore:FeatureSampling")
 @pytest.mark.parametrize("kind", [sbn.BatchSampling, sbn.FeatureSampling, sbn.NaiveSampling])
 def test_all_and_a_single_one_are_two_samplers(kind):
     assert kind(1) != kind(1.0) and kind(1.0) == kind(1.0) and hash(kind(1)) == hash(kind(1))
@@ -266,6 +267,7 @@ def test_statistics_of_many_draws_average_to_the_full_ones(rng):
         assert error([np.mean(unbiased)], true.var) < 0.05
 
 
+@pytest.mark.filterwarnings("ignore:FeatureSampling")
 @pytest.mark.parametrize("size", [3, 4, 16, 33, 49, 196, 784, 3136])
 def test_runs_are_few_even_and_drawn_alike_by_compiled_code(size):
     from sbncore.cpu import draws, kernels

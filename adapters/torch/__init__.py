@@ -1,5 +1,12 @@
 """Sampled batch normalization for PyTorch: layers, a converter for models, virtual samples."""
 
+try:
+    import torch as _  # noqa: F401
+except ImportError as missing:
+    raise ImportError(
+        f"sbncore.adapters.torch needs PyTorch ({missing}): pip install 'sbncore[torch]'"
+    ) from missing
+
 from sbncore.adapters.torch import exchange
 from sbncore.adapters.torch.convert import convert_sampled_batchnorm, revert_sampled_batchnorm
 from sbncore.adapters.torch.layers import (
