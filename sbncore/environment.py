@@ -27,23 +27,31 @@ SHAPE = (8, 5, 6, 16)
 
 def environment() -> dict[str, str]:
     """Return what a report of a fault should say: versions, processor, compiled kernels, GPU, adapters."""
-    from sbncore.cpu import kernels
-
     found = {"Python": f"{platform.python_version()}, {platform.platform()}"}
     found |= {name: _version(package) for name, package in PACKAGES.items()}
-    name, features = kernels.cpu()
-    levels = [level for level, needed in kernels.LEVELS.items() if kernels.has(features, needed)]
-    found["CPU"] = f"{name}, {levels[0] if levels else 'below x86-64-v3'}, {os.cpu_count()} cores"
-    runs = "PyTorch's OpenMP" if threads.openmp() else "a pool of sbncore's own"
-    found["threads"] = f"{threads.get_num_threads()}, of {runs}"
-    places = kernels.places()
-    counts = [f"{sum(1 for _ in folder.glob('*.o'))} in {folder}" for folder in places]
-    found["compiled kernels"] = "; ".join(counts) or "none"
+    found |= _cpu()
     found["GPU"] = _gpu()
     for adapter, extra in ADAPTERS.items():
         there = importlib.util.find_spec(adapter) is not None
         found[f"sbncore.adapters.{adapter}"] = "usable" if there else f"pip install 'sbncore[{extra}]'"
     return found
+
+
+def _cpu() -> dict[str, str]:
+    from sbncore.cpu import kernels
+
+    try:
+        name, features = kernels.cpu()
+    except ImportError as missing:
+        return {"CPU": f"not used: {missing}; pip install numba"}
+    levels = [level for level, needed in kernels.LEVELS.items() if kernels.has(features, needed)]
+    runs = "PyTorch's OpenMP" if threads.openmp() else "a pool of sbncore's own"
+    counts = [f"{sum(1 for _ in folder.glob('*.o'))} in {folder}" for folder in kernels.places()]
+    return {
+        "CPU": f"{name}, {levels[0] if levels else 'below x86-64-v3'}, {os.cpu_count()} cores",
+        "threads": f"{threads.get_num_threads()}, of {runs}",
+        "compiled kernels": "; ".join(counts),
+    }
 
 
 def _version(package: str) -> str:
@@ -72,7 +80,7 @@ def checks() -> Iterator[tuple[str, str]]:
     A forward and a backward of each dtype and layout against the float64 reference; on the CPU of dtypes
     whose kernels are compiled, and of float32, which is compiled for it; on a GPU, if there is one, of all.
     """
-    for dtype in TOLERANCE:
+    for dtype in TOLERANCE if importlib.util.find_spec("numba") else ():
         for axis in (1, -1):
             what = f"CPU, {dtype}, channels-{'first' if axis == 1 else 'last'}"
             if dtype == "bfloat16" and importlib.util.find_spec("ml_dtypes") is None:

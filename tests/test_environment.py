@@ -1,5 +1,6 @@
 """``python -m sbncore``: what it tells, and what it says where something is wrong."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import pytest
 
 from sbncore import __main__, environment
+from sbncore.cpu import kernels
 
 
 def test_a_process_tells_versions_and_ends_with_ok():
@@ -44,3 +46,13 @@ def test_what_is_not_compiled_is_not_checked(monkeypatch):
     told = dict(environment.checks())
     assert told["CPU, float64, channels-first"].endswith("python -m sbncore warmup --dtype float64")
     assert told["CPU, float32, channels-first"] == "ok"
+
+
+def test_without_numba_it_says_so_and_checks_no_cpu(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setitem(sys.modules, "llvmlite", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "numba" else found(name))
+    kernels.cpu.cache_clear()
+    kernels._llvm.cache_clear()
+    assert "pip install numba" in environment.environment()["CPU"]
+    assert not [what for what, _ in environment.checks() if what.startswith("CPU")]
