@@ -1,4 +1,4 @@
-"""The README's examples run as they are printed."""
+"""The examples of the README and the docs run as they are printed, and their links lead somewhere."""
 
 import re
 from pathlib import Path
@@ -9,18 +9,21 @@ import pytest
 import sbncore as sbn
 
 README = Path(__file__).parents[1] / "README.md"
+DOCS = README.with_name("docs")
 
 
 def examples(page):
     return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
 
 
-def test_the_examples_run(rng):
-    forward_and_backward, training_loop, _, _, which, gradients = examples(README)
+def test_numpys_examples_run(rng):
+    _, _, numpys, _ = examples(README)
     names = {}
-    exec(forward_and_backward, names)
+    exec(numpys, names)
     assert names["grads"].x.shape == (32, 64, 56, 56) and (names["y"] >= 0).all()
-    exec(which, names)
+    forward_and_backward, training_loop, gradients = examples(DOCS / "functions.md")
+    exec(forward_and_backward, names)
+    assert names["grads"].weight.shape == (64,)
     names["batches"] = [rng.normal(size=(2, 8, 64, 6, 6)).astype(np.float32) for _ in range(3)]
     exec(training_loop, names)
     norm = names["norm"]
@@ -35,6 +38,14 @@ def test_the_examples_run(rng):
     exec(gradients, names)
 
 
+def test_jaxs_example_runs():
+    jax = pytest.importorskip("jax")
+    *_, jaxs = examples(README)
+    names = {}
+    exec(jaxs, names)
+    assert isinstance(names["y"], jax.Array) and isinstance(names["grads"].x, jax.Array)
+
+
 def test_pytorchs_examples_run():
     torch = pytest.importorskip("torch")
     nn = torch.nn
@@ -45,16 +56,16 @@ def test_pytorchs_examples_run():
         )
 
     names = {"sbn": sbn, "torch": torch, "model": model()}
-    _, _, convert, virtual, *_ = examples(README)
+    convert, virtual, *_ = examples(README)
     exec(convert, names)
     assert names["model"][1].activation == "relu"
     names |= {"model": model(), "x": torch.randn(2, 3, 8, 8), "labels": torch.tensor([1, 7])}
     exec(virtual, names)
     assert names["loss"].isfinite() and names["model"].model[1].weight.grad is not None
-    (layer,) = examples(README.with_name("docs") / "torch.md")
+    (layer,) = examples(DOCS / "torch.md")
     exec(layer, names)
     assert (names["y"] >= 0).all()
-    (choosing,) = examples(README.with_name("docs") / "choosing-a-sampler.md")
+    (choosing,) = examples(DOCS / "choosing-a-sampler.md")
     exec(choosing, names)
     assert type(names["model"][1]).__name__ == "SampledBatchNorm2d"
 
@@ -66,3 +77,11 @@ def test_every_command_is_a_target_of_the_makefile():
     targets = re.findall(r"^([a-z-]+):", makefile.read_text(encoding="utf-8"), re.MULTILINE)
     for command in re.findall(r"make ([a-z-]+)", README.read_text(encoding="utf-8")):
         assert command in targets
+
+
+@pytest.mark.parametrize(
+    "page", [README, README.with_name("CONTRIBUTING.md"), *DOCS.glob("*.md")], ids=lambda p: p.name
+)
+def test_links_lead_to_files(page):
+    for link in re.findall(r"\]\(([^)#\s]+)\)", page.read_text(encoding="utf-8")):
+        assert link.startswith("https://") or (page.parent / link).exists(), link
