@@ -104,9 +104,9 @@ def give(result: Any, like: Array) -> Array:
     result = computable(result)
     if not isinstance(like, type(result)):
         return way_back(like, result.dtype)(result)
-    if result.dtype == np.int16:
-        return result.view(np.float16)
-    return result.view(like.dtype) if result.dtype == np.uint16 else result
+    if result.dtype.kind == "f":
+        return result
+    return result.view(np.float16 if result.dtype == np.int16 else like.dtype)
 
 
 def computable(view: Any) -> Any:
@@ -229,8 +229,11 @@ def empty(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
 
     The CPU engine streams whole lines only, and NumPy's own large arrays begin 16 bytes behind one.
     """
+    size = shape if isinstance(shape, int) else math.prod(shape)
+    if 8 * size < LARGE:  # of the largest type
+        return np.empty(shape, dtype)
     kind = np.dtype(dtype)
-    nbytes = kind.itemsize * (shape if isinstance(shape, int) else math.prod(shape))
+    nbytes = kind.itemsize * size
     if nbytes < LARGE:
         return np.empty(shape, kind)
     memory = np.empty(nbytes + LINE, np.uint8)
