@@ -258,6 +258,7 @@ def main(arguments: list[str]) -> None:
         noise = parts[sample.noise][-1].errors if sample.noise else []
         ensemble = Ensemble(data, options.copies, options.epochs, options.rate, options.device, seed)
         parts[name].append(ensemble.train(sample, noise))
+        bar.write(" | ".join(line(name, parts[name][-1], parts[chosen[0]][-1])))  # lest a run cut off be lost
     gpu = torch.cuda.get_device_name() if options.device == "cuda" else ""
     where = machine(gpu, [f"CUDA {torch.version.cuda}"] if gpu else [])
     lines = table({name: joined(results) for name, results in parts.items()})
@@ -285,17 +286,16 @@ def table(results: dict[str, Result]) -> list[str]:
         "errors of the mean, %",
         "of log(var), %",
     ]
-    lines = []
-    for name, result in results.items():
-        cells = [name, f"{result.accuracy.mean():.2f}"]
-        for mine, theirs, digits in zip(result[:3], full[:3], (2, 2, 4), strict=True):
-            off = mine - theirs
-            error = off.std(ddof=1) / math.sqrt(len(off))
-            cells.append(f"{off.mean():+.{digits}f} ± {error:.{digits}f}" if result is not full else "")
-        cells += [" ".join(f"{100 * each[k]:.1f}" for each in result.errors) for k in (0, 1)]
-        lines.append(cells)
-    return [
-        f"{len(full.accuracy)} copies of each; differences are paired, ± their standard error.",
-        "",
-        *report.markdown(titles, lines),
-    ]
+    lines = [line(name, result, full) for name, result in results.items()]
+    about = f"{len(full.accuracy)} copies of each; differences are paired, ± their standard error."
+    return [about, "", *report.markdown(titles, lines)]
+
+
+def line(name: str, result: Result, full: Result) -> list[str]:
+    """Return a sample's line of the table."""
+    cells = [name, f"{result.accuracy.mean():.2f}"]
+    for mine, theirs, digits in zip(result[:3], full[:3], (2, 2, 4), strict=True):
+        off = mine - theirs
+        error = off.std(ddof=1) / math.sqrt(len(off))
+        cells.append(f"{off.mean():+.{digits}f} ± {error:.{digits}f}" if result is not full else "")
+    return cells + [" ".join(f"{100 * each[k]:.1f}" for each in result.errors) for k in (0, 1)]
