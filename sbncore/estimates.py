@@ -182,6 +182,28 @@ def suggest(
         TypeError, ValueError: as `fidelity`; for a tolerance that is no positive number, and for candidates
             that are no samplers or cannot draw from x.
     """
+    return tried(
+        x,
+        tolerance=tolerance,
+        candidates=candidates,
+        draws=draws,
+        channel_axis=channel_axis,
+        eps=eps,
+        seed=seed,
+    )[-1].sampler
+
+
+def tried(
+    x: Array,
+    *,
+    tolerance: float,
+    candidates: Iterable[Sampler] | None,
+    draws: int,
+    channel_axis: int = 1,
+    eps: float,
+    seed: int,
+) -> list[Fidelity]:
+    """Return what `suggest` found of the candidates, in its order; the last is its choice."""
     if isinstance(tolerance, bool) or not isinstance(tolerance, Real):
         raise TypeError(f"tolerance: expected a number, got {tolerance!r}")
     if not tolerance > 0:
@@ -191,10 +213,13 @@ def suggest(
     judge = _Judge(x, draws, channel_axis, eps, seed)
     if candidates is None:
         candidates = _cheapest_first(judge.layout)
+    found = []
     for sampler in candidates:
-        if judge.fidelity(sampler).error <= tolerance:
-            return sampler
-    return Full()
+        found.append(judge.fidelity(sampler))
+        if found[-1].error <= tolerance:
+            return found
+    exact, N = np.zeros(judge.layout.C), judge.layout.N * judge.layout.S
+    return [*found, Fidelity(Full(), exact, exact, N, draws)]
 
 
 def samplers(name: str, values: Iterable[Sampler]) -> list[Sampler]:

@@ -126,3 +126,20 @@ def test_complaints_name_the_layer_and_what_cannot_be_copied(model):
     model.lock = __import__("threading").Lock()
     with pytest.raises(TypeError, match=r"expected one that copy.deepcopy can copy, got: cannot pick"):
         suggest_samplers(model, x)
+
+
+def test_it_prints_why():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4)
+    )
+    chosen = suggest_samplers(model, torch.randn(16, 3, 20, 20), tolerance=0.02)
+    text = str(chosen)
+    assert (
+        "1: (16, 8, 18, 18), 72% of the bytes: " in text and "4: (16, 4, 16, 16), 28% of the bytes: " in text
+    )
+    for name, found in chosen.tried.items():
+        assert found[-1].sampler == chosen[name] and found[-1].error <= 0.02
+        assert all(one.error > 0.02 for one in found[:-1])
+        if len(found) > 1:
+            assert f"too far off: {found[-2].sampler}, {found[-2].error:.3f}" in text

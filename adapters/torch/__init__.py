@@ -16,13 +16,13 @@ from sbncore.adapters.torch.layers import (
     SampledBatchNorm3d,
 )
 from sbncore.adapters.torch.replay import checkpoint_contexts
-from sbncore.adapters.torch.suggest import suggest_samplers
+from sbncore.adapters.torch.suggest import Suggested, suggest_samplers
 from sbncore.adapters.torch.virtual import VirtualBatch
 
 __all__ = [
     "SampledBatchNorm", "SampledBatchNorm1d", "SampledBatchNorm2d", "SampledBatchNorm3d",
     "convert_sampled_batchnorm", "revert_sampled_batchnorm", "checkpoint_contexts",
-    "VirtualBatch", "suggest_samplers",
+    "VirtualBatch", "suggest_samplers", "Suggested",
 ]  # fmt: skip
 
 exchange.register()

@@ -15,7 +15,31 @@ from torch.utils._pytree import tree_map
 import sbncore as sbn
 from sbncore.adapters.torch.layers import FULL, SampledBatchNorm
 from sbncore.adapters.torch.virtual import VirtualBatch
-from sbncore.estimates import samplers
+from sbncore.estimates import samplers, tried
+
+
+class Suggested(dict[str, sbn.Sampler]):
+    """The samplers by the layers' names; printed, why each was chosen.
+
+    Attributes:
+        tried: of each layer what `sbncore.suggest` found, the cheapest first, its choice last.
+        shapes, sizes: of each layer's input, the sizes in bytes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tried: dict[str, list[sbn.Fidelity]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.sizes: dict[str, int] = {}
+
+    def __str__(self) -> str:
+        total, lines = sum(self.sizes.values()), []
+        for name, found in self.tried.items():
+            share = f"{self.sizes[name] / total:.0%} of the bytes"
+            lines.append(f"{name}: {self.shapes[name]}, {share}: {self[name]}, error {found[-1].error:.3f}")
+            cheaper = [f"{one.sampler}, {one.error:.3f}" for one in found[:-1]]
+            lines += [f"    too far off: {each}" for each in cheaper[-2:]]
+        return "\n".join(lines)
 
 
 def suggest_samplers(
@@ -26,8 +50,8 @@ def suggest_samplers(
     candidates: Iterable[sbn.Sampler] | None = None,
     draws: int = 16,
     seed: int = 0,
-) -> dict[str, sbn.Sampler]:
-    """Return `sbncore.suggest` of every BatchNorm layer's input, by the layers' names.
+) -> Suggested:
+    """Return `sbncore.suggest` of every BatchNorm layer's input, by the layers' names; print it to see why.
 
     One forward of a copy, uncompiled, with full statistics and without gradients; the model, its statistics,
     the batch and torch's random numbers stay as they are. Of a layer that is called more than once, what the
@@ -55,7 +79,7 @@ def suggest_samplers(
         if any(one.virtual for one in candidates):
             raise ValueError("candidates: expected samples of the batch, got virtual samples")
     options = {"tolerance": tolerance, "candidates": candidates, "draws": draws, "seed": seed}
-    chosen: dict[str, sbn.Sampler] = {}
+    chosen = Suggested()
     copied = _copy(model)
     for name, module in copied.named_modules():
         if isinstance(module, _BatchNorm):
@@ -83,7 +107,7 @@ def _copy(model: nn.Module) -> nn.Module:
 
 
 def _judge(
-    chosen: dict[str, sbn.Sampler],
+    chosen: Suggested,
     name: str,
     options: dict[str, Any],
     layer: Any,
@@ -96,6 +120,8 @@ def _judge(
     try:
         before = chosen.get(name)
         if before is None or not sbn.fidelity(x, before, **draw).error <= options["tolerance"]:
-            chosen[name] = sbn.suggest(x, eps=layer.eps, **options)
+            found = tried(x, eps=layer.eps, **options)
+            chosen[name], chosen.tried[name] = found[-1].sampler, found
+            chosen.shapes[name], chosen.sizes[name] = tuple(x.shape), x.nbytes
     except (TypeError, ValueError) as complaint:
         raise type(complaint)(f"{name}: {complaint}") from complaint
