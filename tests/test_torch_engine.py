@@ -16,6 +16,7 @@ from sbncore.adapters.torch import SampledBatchNorm2d, engine, pages, tensors  #
 from sbncore.cpu import draws, kernels  # noqa: E402
 from sbncore.cpu.kernels import DRAWS  # noqa: E402
 from sbncore.hashing import stream_key  # noqa: E402
+from sbncore.signature import Scalars  # noqa: E402
 
 
 def forget():
@@ -141,3 +142,17 @@ def test_samplers_of_one_repr_are_told_apart():
     results = [SampledBatchNorm2d(5, sampler=made(k))(x) for k in (1, 4)]
     for k, y in zip((1, 4), results, strict=True):
         assert torch.equal(y, SampledBatchNorm2d(5, sampler=sbn.BatchSampling(k))(x))
+
+
+def test_a_negative_view_is_not_taken_for_one_that_was_seen_without_its_sign():
+    """Nor where the other was unaligned, as only a GPU's memory can be."""
+    x, weight = torch.randn(8, 5, 6, 7), torch.rand(5) + 0.5
+    looks = {engine._look(one) for one in (weight, torch._neg_view(-weight))}
+    assert len(looks) == 2
+    plan = sbn.Full().plan(x.shape)
+    for _ in range(2):
+        ys = []
+        for one in (weight, torch._neg_view(-weight)):
+            vectors = (one, None, None, None, None, None)
+            ys.append(engine.forward(x, vectors, None, plan, Scalars(1e-5), False)[0])
+        assert torch.equal(*ys)

@@ -85,8 +85,8 @@ def prepared(
 
 def _look(tensor: Tensor) -> tuple[Any, ...]:
     """Return what tells a tensor from others, but for its memory."""
-    odd = tensor.is_neg() or (tensor.is_cuda and address(tensor) % 16 > 0)
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device(), odd
+    unaligned = tensor.is_cuda and address(tensor) % 16 > 0
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device(), tensor.is_neg(), unaligned
 
 
 def _remembered(key: Any, found: Prepared) -> Prepared:
