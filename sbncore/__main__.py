@@ -1,12 +1,14 @@
 """``python -m sbncore``: what this machine has for sbncore, and a check that it computes right.
 
-It is what a report of a fault should contain. The exit status is 1 where something is wrong.
+It is what a report of a fault should contain. The exit status is 1 where something is wrong. There are two
+more commands: ``warmup`` compiles the CPU's kernels, ``suggest`` finds samplers for a model.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import runpy
 import sys
 from pathlib import Path
 
@@ -18,7 +20,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m sbncore", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print it as JSON")
-    warmup = parser.add_subparsers(dest="command").add_parser(
+    commands = parser.add_subparsers(dest="command")
+    warmup = commands.add_parser(
         "warmup",
         help="compile the CPU's kernels before they are needed",
         description="Compile the CPU's kernels ahead: about a minute for each dtype and layout.",
@@ -29,9 +32,25 @@ def main(arguments: list[str] | None = None) -> None:
     add("--layout", nargs="+", choices=layouts, default=layouts, help="default: both")
     add("--cpu", nargs="+", metavar="NAME", help="LLVM's names; default: this CPU")
     add("--folder", type=Path, help="default: the cache")
+    suggest = commands.add_parser(
+        "suggest",
+        help="a sampler for each layer of a PyTorch model, and why",
+        description="Which sampler each BatchNorm layer of a PyTorch model can do with.",
+    )
+    add = suggest.add_argument
+    add("model", metavar="FILE.py:FUNCTION", help="it returns the model, or (model, batch of training data)")
+    add("--input", type=sizes, metavar="N,C,H,W", help="without a batch: of white noise, which is no data")
+    add("--tolerance", type=float, default=0.03, help="in standard deviations; default: 0.03")
+    add("--json", action="store_true", help="all that was tried, as JSON")
+    add("--picture", metavar="FILE", help="error over passes, as PNG, SVG or PDF")
     options = parser.parse_args(arguments)
     if options.command == "warmup":
         compile_ahead(options)
+    elif options.command == "suggest":
+        try:
+            suggest_samplers(options)
+        except (OSError, TypeError, ValueError, ModuleNotFoundError) as complaint:
+            sys.exit(f"python -m sbncore suggest: {complaint}")
     else:
         tell(options.json)
 
@@ -47,6 +66,39 @@ def compile_ahead(options: argparse.Namespace) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         ahead.fill(folder, wanted, cpu)
         print(f"{len(wanted)} kernels for {cpu[0]} in {folder}")
+
+
+def sizes(text: str) -> tuple[int, ...]:
+    """Return a shape that is written as 32,3,224,224."""
+    shape = tuple(map(int, text.split(",")))
+    if len(shape) < 2 or min(shape) < 1:
+        raise argparse.ArgumentTypeError(f"expected N,C and the spatial sizes, got {text!r}")
+    return shape
+
+
+def suggest_samplers(options: argparse.Namespace) -> None:
+    """Print what `sbncore.adapters.torch.suggest_samplers` finds of the model that a function builds."""
+    file, _, function = options.model.rpartition(":")
+    if not Path(file).is_file():
+        raise ValueError(f"model: expected FILE.py:FUNCTION, got {options.model!r}")
+    build = runpy.run_path(file).get(function)
+    if not callable(build):
+        raise ValueError(f"model: expected a function {function!r} in {file}, found none")
+    from sbncore.adapters import torch as adapter
+
+    built = build()
+    model, batch = built if isinstance(built, tuple) else (built, None)
+    if batch is None:
+        if options.input is None:
+            raise ValueError("--input: expected a shape, since the function returns no batch")
+        import torch
+
+        batch = torch.randn(options.input, generator=torch.Generator().manual_seed(0))
+        print("of white noise: real data are correlated, and want more", file=sys.stderr)
+    found = adapter.suggest_samplers(model, batch, tolerance=options.tolerance)
+    print(json.dumps(found.as_dict(), indent=2) if options.json else found)
+    if options.picture:
+        found.picture(options.picture)
 
 
 def tell(as_json: bool) -> None:

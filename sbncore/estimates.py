@@ -16,8 +16,8 @@ from sbncore.drawing import Sampler, integer
 from sbncore.functional import moments_of
 from sbncore.interchange import detached
 from sbncore.layout import Layout, layout_of
-from sbncore.plans import Plan, Recipe, WholeSamples
-from sbncore.samplers import RUNS, BatchSampling, FeatureSampling, Full
+from sbncore.plans import MapPlaces, Part, Plan, Recipe, WholeSamples
+from sbncore.samplers import BatchSampling, FeatureSampling, Full
 
 RATIOS = 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2
 LINE = 16  # values of a cache line
@@ -32,6 +32,7 @@ class Fidelity:
         mean_errors, std_errors: (C,) float64, root mean squares over the draws, in standard deviations.
         count: values per channel that a draw's statistics come from, as `Statistics.count`.
         draws: how many there were.
+        share: of x's cache lines, those that a draw reads, if x is of float32.
     """
 
     sampler: Sampler
@@ -39,6 +40,15 @@ class Fidelity:
     std_errors: np.ndarray
     count: float
     draws: int
+    share: float
+
+    @property
+    def passes(self) -> float:
+        """Passes over x's memory, forward and exact backward; full batch normalization takes 8.
+
+        Two and three, and what is read for the statistics, and again, with dx, for the repair.
+        """
+        return min(8.0, 5 + 4 * self.share)
 
     @property
     def mean_error(self) -> float:
@@ -135,7 +145,8 @@ class _Judge:
             off[0] += (drawn_mean - mean) ** 2 / var
             off[1] += (np.sqrt((drawn_var + self.eps) / var) - 1) ** 2
         mean_errors, std_errors = np.sqrt(off / self.draws)
-        return Fidelity(sampler, mean_errors, std_errors, count, self.draws)
+        share = lines(plans[0].recipe, self.layout) * LINE / (self.layout.N * self.layout.S)
+        return Fidelity(sampler, mean_errors, std_errors, count, self.draws, min(1.0, share))
 
     def _moments_of(self, real: int) -> tuple[np.ndarray, np.ndarray]:
         if real < 1:
@@ -219,7 +230,7 @@ def tried(
         if found[-1].error <= tolerance:
             return found
     exact, N = np.zeros(judge.layout.C), judge.layout.N * judge.layout.S
-    return [*found, Fidelity(Full(), exact, exact, N, draws)]
+    return [*found, Fidelity(Full(), exact, exact, N, draws, 1.0)]
 
 
 def samplers(name: str, values: Iterable[Sampler]) -> list[Sampler]:
@@ -233,19 +244,30 @@ def samplers(name: str, values: Iterable[Sampler]) -> list[Sampler]:
     return found
 
 
+def lines(recipe: Recipe, layout: Layout) -> float:
+    """Return the cache lines of float32 that a draw touches, a channel's share of them."""
+    # in channels-last a place is a row of channels, in lines of its own
+    cut = 0 if layout.last else LINE - 1
+    return sum((part.count + cut * _runs(part)) / LINE for part in recipe.parts)
+
+
+def _runs(part: Part) -> int:
+    if isinstance(part, WholeSamples):
+        return 0  # a sample's channels lie together
+    return part.rows * -(-part.positions // part.length) if isinstance(part, MapPlaces) else part.count
+
+
 def _cheapest_first(layout: Layout) -> list[Sampler]:
     N, S = layout.N, layout.S
-    lines: dict[Sampler, float] = {}
+    found: list[Sampler] = []
     for ratio in RATIOS:
         amount, places = round(ratio * N), round(ratio * S)
         if amount and amount * S > 1:
-            lines[BatchSampling(ratio)] = amount * S / LINE
-        if places and N * places > 1 and S > 1:
-            for pattern, runs in (("runs", RUNS), ("run", 1)):  # the better first, where they cost the same
-                # in channels-last a place is a row of channels, in lines of its own
-                cut = 0 if layout.last else (LINE - 1) * min(runs, places)
-                lines[FeatureSampling(ratio, pattern)] = N * (places + cut) / LINE
-    return sorted(lines, key=lambda sampler: lines[sampler])
+            found.append(BatchSampling(ratio))
+        if places and N * places > 1 and S > 1:  # the better first, where they cost the same
+            found += [FeatureSampling(ratio, "runs"), FeatureSampling(ratio, "run")]
+    shape = (N, 1, *layout.spatial)
+    return sorted(found, key=lambda sampler: lines(sampler.plan(shape, fewest=1).recipe, layout))
 
 
 def _numpy(array: np.ndarray) -> np.ndarray:

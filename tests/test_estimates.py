@@ -126,6 +126,22 @@ def test_suggest_looks_at_the_memory():
     assert sbn.suggest(np.moveaxis(inner, -1, 1)) == sbn.FeatureSampling(1 / 64, "runs")
 
 
+@pytest.mark.parametrize("sampler, first, last", [
+    (sbn.Full(), 1, 1),
+    (sbn.BatchSampling(1 / 4), 1 / 4, 1 / 4),
+    (sbn.FeatureSampling(64), 79 / 1024, 1 / 16),  # a run lies in up to 79 values' lines
+    (sbn.FeatureSampling(64, "runs"), 124 / 1024, 1 / 16),
+    (sbn.NaiveSampling(1 / 64), 1 / 4, 1 / 64),
+    (sbn.Mixture([(0.5, sbn.BatchSampling(2)), (0.5, sbn.NaiveSampling(64))]), 3 / 8, 1 / 4 + 1 / 128),
+])  # fmt: skip
+def test_the_share_counts_cache_lines(sampler, first, last):
+    x = np.random.default_rng(0).normal(size=(8, 2, 32, 32)).astype("f4")
+    found = sbn.fidelity(x, sampler, draws=1)
+    assert found.share == pytest.approx(first) and found.passes == min(8, 5 + 4 * found.share)
+    inner = np.ascontiguousarray(np.moveaxis(x, 1, -1))
+    assert sbn.fidelity(inner, sampler, draws=1, channel_axis=-1).share == pytest.approx(last)
+
+
 @pytest.mark.parametrize("change, kind, message", [
     ({"x": np.zeros((0, 3, 4))}, ValueError, "x: expected values, got an empty array"),
     ({"candidates": 3}, TypeError, "candidates: expected samplers, got 3"),

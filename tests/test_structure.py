@@ -108,7 +108,7 @@ def test_adapters_import_the_call_and_public_names_only():
 def test_nothing_in_the_package_imports_an_adapter():
     for name in MODULES:
         modules = [str(node.module) for node in ast.walk(parsed(name)) if isinstance(node, ast.ImportFrom)]
-        inside = name.startswith("sbncore.adapters")
+        inside = name.startswith("sbncore.adapters") or name == "sbncore.__main__"  # a program, above all
         assert inside or not any(module.startswith("sbncore.adapters") for module in modules)
 
 

@@ -1,10 +1,13 @@
 """A sampler for every layer of a model, which stays as it was, and its way into the converter."""
 
 import copy
+import json
+import re
 
 import pytest
 
 import sbncore as sbn
+from sbncore.__main__ import main
 
 torch = pytest.importorskip("torch")
 
@@ -142,4 +145,54 @@ def test_it_prints_why():
         assert found[-1].sampler == chosen[name] and found[-1].error <= 0.02
         assert all(one.error > 0.02 for one in found[:-1])
         if len(found) > 1:
-            assert f"too far off: {found[-2].sampler}, {found[-2].error:.3f}" in text
+            assert f"too far off: {found[-2].sampler}, error {found[-2].error:.3f}" in text
+
+
+def test_what_was_tried_is_told_in_words_numbers_and_a_picture(model, tmp_path):
+    found = suggest_samplers(model, torch.randn(32, 1, 16, 16), tolerance=0.05)
+    told = json.loads(json.dumps(found.as_dict()))
+    assert told.keys() == found.keys() and told["1"]["shape"] == [32, 4, 14, 14]
+    assert told["1"]["sampler"] == str(found["1"]) == told["1"]["tried"][-1]["sampler"]
+    errors = [one["error"] for one in told["5"]["tried"]]
+    assert errors[-1] <= 0.05 < min(errors[:-1])
+    assert all(one["passes"] == min(8, 5 + 4 * one["share"]) for one in told["5"]["tried"])
+    passes = found.passes
+    assert 5 < passes < 8 and f"all layers: {passes:.1f} passes" in str(found)
+    pytest.importorskip("matplotlib")
+    found.picture(tmp_path / "errors.svg")
+    assert "<svg" in (tmp_path / "errors.svg").read_text()
+
+
+SOURCE = """
+import torch
+from torch import nn
+
+def bare():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+
+def both():
+    return bare(), torch.randn(16, 3, 10, 10)
+"""
+
+
+def test_the_command_prints_what_is_found(tmp_path, capsys):
+    file = tmp_path / "model.py"
+    file.write_text(SOURCE)
+    main(["suggest", f"{file}:both", "--tolerance", "0.1"])
+    assert "1: (16, 4, 8, 8), 100% of the bytes: " in capsys.readouterr().out
+    main(["suggest", f"{file}:bare", "--input", "16,3,10,10", "--json"])
+    told = capsys.readouterr()
+    assert json.loads(told.out)["1"]["shape"] == [16, 4, 8, 8] and "white noise" in told.err
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["nowhere.py:bare"], "model: expected FILE.py:FUNCTION, got 'nowhere.py:bare'"),
+    (["{}:other"], "model: expected a function 'other' in "),
+    (["{}:bare"], "--input: expected a shape, since the function returns no batch"),
+    (["{}:both", "--tolerance", "0"], "tolerance: expected a positive number"),
+])  # fmt: skip
+def test_what_the_command_refuses(tmp_path, arguments, message):
+    file = tmp_path / "model.py"
+    file.write_text(SOURCE)
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        main(["suggest", *(argument.format(file) for argument in arguments)])

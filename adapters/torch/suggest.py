@@ -32,14 +32,70 @@ class Suggested(dict[str, sbn.Sampler]):
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.sizes: dict[str, int] = {}
 
+    @property
+    def passes(self) -> float:
+        """`sbncore.Fidelity.passes` of the choices, a mean weighted by the layers' bytes."""
+        total = sum(self.sizes.values())
+        return sum(self.sizes[name] * found[-1].passes for name, found in self.tried.items()) / total
+
     def __str__(self) -> str:
         total, lines = sum(self.sizes.values()), []
         for name, found in self.tried.items():
             share = f"{self.sizes[name] / total:.0%} of the bytes"
-            lines.append(f"{name}: {self.shapes[name]}, {share}: {self[name]}, error {found[-1].error:.3f}")
-            cheaper = [f"{one.sampler}, {one.error:.3f}" for one in found[:-1]]
-            lines += [f"    too far off: {each}" for each in cheaper[-2:]]
+            lines.append(f"{name}: {self.shapes[name]}, {share}: {self[name]}, {_figures(found[-1])}")
+            lines += [f"    too far off: {one.sampler}, {_figures(one)}" for one in found[-3:-1]]
+        lines.append(f"all layers: {self.passes:.1f} passes over their memory, full batch normalization 8")
         return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all that was found in strings, numbers, lists and dicts, as `json.dumps` takes them.
+
+        By the layer's name its input's shape and bytes, the sampler, and of each candidate tried its error
+        in standard deviations, the share of the input that it reads and the passes over memory.
+        """
+        return {
+            name: {
+                "shape": list(self.shapes[name]),
+                "bytes": self.sizes[name],
+                "sampler": str(self[name]),
+                "tried": [
+                    {
+                        "sampler": str(one.sampler),
+                        "error": one.error,
+                        "share": one.share,
+                        "passes": one.passes,
+                    }
+                    for one in found
+                ],
+            }
+            for name, found in self.tried.items()
+        }
+
+    def picture(self, file: Any) -> None:
+        """Draw each layer's candidates, error over passes, the choice marked; in the format of the name.
+
+        Args:
+            file: a path, or a file opened for writing bytes.
+
+        Raises:
+            ModuleNotFoundError: without Matplotlib.
+        """
+        from matplotlib.figure import Figure
+
+        figure = Figure((7, 4.5), layout="constrained")
+        axes = figure.subplots()
+        for name, found in self.tried.items():
+            (line,) = axes.plot([one.passes for one in found], [one.error for one in found], ".:", alpha=0.6)
+            axes.plot(found[-1].passes, found[-1].error, "o", color=line.get_color(), label=name)
+        axes.set_ylim(0)
+        axes.set_xlabel("passes over memory, forward and backward (full batch normalization: 8)")
+        axes.set_ylabel("error of the statistics, standard deviations")
+        axes.legend(title="layer, its choice", fontsize="small", ncols=2)
+        figure.savefig(file)
+
+
+def _figures(found: sbn.Fidelity) -> str:
+    return f"error {found.error:.3f}, {found.passes:.1f} passes"
 
 
 def suggest_samplers(
