@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 import sbncore as sbn
-from sbncore.adapters.torch.fuse import fuse
+from sbncore.adapters.torch.fuse import fuse, unfuse
 from sbncore.adapters.torch.layers import SampledBatchNorm, SampledBatchNorm2d
 
 SAMPLER = sbn.FeatureSampling(1 / 2)
@@ -91,6 +91,7 @@ def outcome(model, steps=2):
 def assert_same(model, *, fused, notes=()):
     """Fuse a copy; it has ``fused`` layers with a ReLU, says ``notes`` and computes what model computes."""
     model.train()
+    assert_undone(model)
     other, said = fuse(copy.deepcopy(model))
     assert sum(layer.activation == "relu" for layer in norms(other)) == fused
     assert len(said) == len(notes) and all(part in line for part, line in zip(notes, said, strict=True)), said
@@ -103,6 +104,20 @@ def assert_same(model, *, fused, notes=()):
     for a, b in zip(outcome(other), outcome(model), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
     return other
+
+
+def assert_undone(model):
+    """Fuse a copy, undo it in a copy of that: classes, modules and results are the model's own."""
+    other = copy.deepcopy(fuse(copy.deepcopy(model))[0])
+    unfuse(other)
+    if any(isinstance(module, fx.GraphModule) for module in other.modules()):
+        return  # whose graph is another
+    kinds = [(name, type(module)) for name, module in model.named_modules()]
+    assert [(name, type(module)) for name, module in other.named_modules()] == kinds
+    assert [layer.activation for layer in norms(other)] == [layer.activation for layer in norms(model)]
+    assert not any("_fused" in vars(module) for module in other.modules())
+    for a, b in zip(outcome(other), outcome(copy.deepcopy(model)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 def norms(model):

@@ -81,8 +81,15 @@ def test_full_trains_as_torchs_layers_do():
     fused = [layer.activation for layer in norms(ours)]
     assert fused == ["relu", "relu", None] and isinstance(ours[2], nn.Identity)
     reverted = revert_sampled_batchnorm(ours)
-    assert type(reverted[1]) is SampledBatchNorm2d and reverted[1].sampler == sbn.Full()
-    assert type(reverted[6]) is nn.BatchNorm1d
+    assert type(reverted[1]) is nn.BatchNorm2d and type(reverted[6]) is nn.BatchNorm1d
+    assert type(reverted[2]) is nn.ReLU and torch.allclose(reverted.eval()(x), plain.eval()(x))
+
+
+def test_a_layer_with_an_activation_of_its_own_stays():
+    model = nn.Sequential(SampledBatchNorm2d(4, sampler=FS, activation="relu"), nn.ReLU())
+    reverted = revert_sampled_batchnorm(model)
+    assert type(reverted[0]) is SampledBatchNorm2d and reverted[0].sampler == sbn.Full()
+    assert reverted[0].activation == "relu"
 
 
 def test_a_layer_alone_shared_layers_and_what_is_skipped():

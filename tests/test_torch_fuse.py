@@ -8,10 +8,23 @@ import pytest
 
 torch = pytest.importorskip("torch")
 import torch.nn.functional as F  # noqa: E402
-from fuse_models import Block, Leaves, Of, ResNet, assert_same, calls, conv, norm, norms, outcome, simple  # noqa: E402
+from fuse_models import (  # noqa: E402
+    Block,
+    Leaves,
+    Of,
+    ResNet,
+    assert_same,
+    assert_undone,
+    calls,
+    conv,
+    norm,
+    norms,
+    outcome,
+    simple,
+)  # fmt: skip
 from torch import fx, nn  # noqa: E402
 
-from sbncore.adapters.torch.fuse import fuse  # noqa: E402
+from sbncore.adapters.torch.fuse import fuse, unfuse  # noqa: E402
 
 # --- what is fused ---
 
@@ -188,3 +201,39 @@ def test_torch_compile_sees_one_graph():
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
     expected = copy.deepcopy(model)(x)
     torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), expected)
+
+
+# --- and back ---
+
+
+def test_undone_after_a_pickle():
+    model = ResNet()
+    file = io.BytesIO()
+    torch.save(fuse(copy.deepcopy(model))[0], file)
+    file.seek(0)
+    unfused = torch.load(file, weights_only=False)
+    unfuse(unfused)
+    assert [type(a) for a in unfused.modules()] == [type(a) for a in model.modules()]
+    assert all(layer.activation is None for layer in norms(unfused))
+
+
+def test_a_part_of_a_fused_model_is_not_undone():
+    """A layer alone still has to compute the ReLU that its surroundings no longer do."""
+    model = fuse(nn.Sequential(conv(3), norm(), nn.ReLU()))[0]
+    unfuse(model[1])
+    assert model[1].activation == "relu"
+    unfuse(model)
+    assert model[1].activation is None and type(model[2]) is nn.ReLU
+
+
+def test_an_activation_of_the_users_own_is_not_undone():
+    layer = norm()
+    layer.activation = "relu"
+    assert_undone(nn.Sequential(conv(3), layer, conv(), norm(), nn.ReLU()))
+
+
+def test_fused_again_and_undone():
+    model = fuse(ResNet(), skip=lambda name, module: name.startswith("layer1"))[0]
+    fuse(model)
+    unfuse(model)
+    assert all(layer.activation is None for layer in norms(model)) and type(model) is ResNet

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import sbncore as sbn
 from sbncore.adapters.torch.fuse import fuse as fuse_layers
+from sbncore.adapters.torch.fuse import unfuse
 from sbncore.adapters.torch.layers import (
     FULL,
     OPTIONS,
@@ -136,8 +137,10 @@ def convert_sampled_batchnorm(
 def revert_sampled_batchnorm(model: nn.Module) -> nn.Module:
     """Replace a model's sampled layers, in place, by torch's own that share their Parameters and buffers.
 
-    A layer with a fused activation has no equal among torch's: it stays, its sampler `sbncore.Full`.
+    What was fused is undone, classes, ``forward`` and ReLU modules, but in a ``torch.fx.GraphModule``. A
+    layer that has an activation then has no equal among torch's: it stays, its sampler `sbncore.Full`.
     """
+    unfuse(model)
     back = {sampled: plain for plain, sampled in PAIRS.items()}
 
     def plain(module: nn.Module) -> nn.Module:
@@ -148,7 +151,7 @@ def revert_sampled_batchnorm(model: nn.Module) -> nn.Module:
             return module
         new = _like(module, vars(module).get("_converted_from", back[type(module)]))
         kept = ("eps", "momentum", "process_group" if isinstance(new, nn.SyncBatchNorm) else "eps")
-        for name in {*OPTIONS, "_name", "_has_prior", "untracked", "_converted_from"} - {*kept}:
+        for name in {*OPTIONS, "_name", "_has_prior", "untracked", "_converted_from", "_fused"} - {*kept}:
             new.__dict__.pop(name, None)
         if getattr(new, "process_group", None) == "world":
             new.process_group = None

@@ -1,4 +1,7 @@
-"""BN then ReLU, and BN, addition, ReLU: found in a model's own code, and given to the layer as one call."""
+"""BN then ReLU, and BN, addition, ReLU: found in a model's code, given to the layer as one call, and back.
+
+What `fuse` changes bears a token of its own, which `unfuse` knows the layers by that belong to it.
+"""
 
 from __future__ import annotations
 
@@ -46,6 +49,28 @@ def fuse(
     for unit, name in units.items():
         _fuse(unit, name, owners, skip, notes)
     return model, notes
+
+
+def unfuse(model: nn.Module) -> None:
+    """Undo `fuse`, in place: each module's class, ``forward`` and ReLU modules are as they were.
+
+    Of a layer whose surroundings are not in the model, and of a ``torch.fx.GraphModule``, whose graph is
+    another since, nothing is undone.
+    """
+    undone = []
+    for module in [*model.modules()]:
+        if hasattr(type(module), "_unfused") and "_fused" in vars(module):
+            undone.append(vars(module).pop("_fused"))
+            module.__class__ = cast(Any, type(module))._unfused
+        for key, child in module._modules.items():
+            if child is not None and "_replaced" in vars(child):
+                relu = vars(child)["_replaced"].train(child.training)
+                undone.append(vars(child)["_fused"])
+                module._modules[key] = relu
+    for layer in model.modules():
+        if isinstance(layer, SampledBatchNorm) and any(vars(layer).get("_fused") is each for each in undone):
+            del vars(layer)["_fused"]
+            layer.activation = None
 
 
 def _collect(name: str, module: nn.Module, units: dict[nn.Module, str]) -> None:
@@ -128,7 +153,10 @@ def _swap(
     swaps: set[tuple[nn.Module, frozenset[SampledBatchNorm]]],
 ) -> bool:
     """Put nn.Identity in the place of each ReLU; undo it and return False if that changes what is called."""
-    identities = {relu: nn.Identity().train(relu.training) for relu, _ in swaps}
+    identities, token = {}, object()
+    for relu, _ in swaps:
+        identities[relu] = nn.Identity().train(relu.training)
+        vars(identities[relu]).update(_replaced=relu, _fused=token)  # it is no child
     norms = [norm for _, norms in swaps for norm in norms]
     containers = [module, *(child for _, child in reach(module) if inlined(child))]
     places = [
@@ -143,11 +171,12 @@ def _swap(
     for box, key, relu in [] if same else places:
         box._modules[key] = relu
     for norm in norms if same else []:
-        norm.activation = "relu"
+        norm.activation, norm._fused = "relu", token
     return same
 
 
 def _rewrite(module: nn.Module, graph: fx.Graph, edits: list[Edit]) -> None:
+    token = vars(module).get("_fused", object())
     for edit in edits:
         fused = edit.norm
         if edit.add is not None:
@@ -160,6 +189,7 @@ def _rewrite(module: nn.Module, graph: fx.Graph, edits: list[Edit]) -> None:
             if node is not None and node is not fused:
                 graph.erase_node(node)
         edit.layer.activation = "relu"
+        edit.layer._fused = token
     if isinstance(module, fx.GraphModule):
         module.graph = graph
         module.recompile()
@@ -171,6 +201,7 @@ def _rewrite(module: nn.Module, graph: fx.Graph, edits: list[Edit]) -> None:
         if node.op in ("call_module", "get_attr")
     }
     base = getattr(module, "_unfused", type(module))
+    vars(module)["_fused"] = token
     module.__class__ = _fused(base, fx.GraphModule(stand_ins, graph, base.__name__))
 
 
