@@ -1,5 +1,6 @@
 """The examples run, and print what they promise."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,11 +8,15 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-NEEDS = {"tiny_batches.py": "torch"}
+WITH_TORCH = "tiny_batches.py", "fine_tune_a_resnet.py", "two_processes.py", "choose_samplers.py"
 
 
 def percentages(text):
     return [float(word.rstrip("%")) for word in text.split() if word.endswith("%")]
+
+
+def losses(text):
+    return [float(number) for number in re.findall(r"loss ([0-9.]+)", text)]
 
 
 PROMISED = {
@@ -19,6 +24,12 @@ PROMISED = {
     "check_a_gradient.py": lambda text: "backward: right" in text and "forgetful: wrong" in text,
     "replay_a_draw.py": lambda text: text.count("True") == 2 and "#" in text,
     "tiny_batches.py": lambda text: percentages(text)[2] > max(percentages(text)[:2]),
+    "fine_tune_a_resnet.py": lambda text: (
+        percentages(text)[-1] > 80 and text.endswith("reverted: BatchNorm2d\n")
+    ),
+    "two_processes.py": lambda text: "statistics equal" in text and "statistics differ" in text,
+    "choose_samplers.py": lambda text: text.count("error") >= 3 and losses(text)[1] < losses(text)[0],
+    "cupy_arrays.py": lambda text: text.startswith("skipped, no GPU") or "agrees: True" in text,
 }
 
 if not EXAMPLES.is_dir():
@@ -31,8 +42,8 @@ def test_every_example_is_tried():
 
 @pytest.mark.parametrize("name", PROMISED)
 def test_examples_run(name):
-    if name in NEEDS:
-        pytest.importorskip(NEEDS[name])
+    if name in WITH_TORCH:
+        pytest.importorskip("torch")
     done = subprocess.run([sys.executable, EXAMPLES / name], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert PROMISED[name](done.stdout), done.stdout
