@@ -70,6 +70,28 @@ def test_pytorchs_examples_run():
     assert type(names["model"][1]).__name__ == "SampledBatchNorm2d"
 
 
+@pytest.mark.parametrize("name", ["concepts", "mathematics", "migration", "processes"])
+def test_pages_run(name):
+    page = DOCS / f"{name}.md"
+    if "import torch" in page.read_text(encoding="utf-8"):
+        pytest.importorskip("torch")
+    names = {}
+    for block in examples(page):
+        exec(block, names)
+
+
+def test_pictures_are_what_is_drawn():
+    """Every `sampler` that opens a paragraph, followed by its four maps."""
+    names, text = {}, (DOCS / "concepts.md").read_text(encoding="utf-8")
+    for block in examples(DOCS / "concepts.md"):
+        exec(block, names)
+    shown = re.findall(r"^`([A-Z].*?\))`.*?\n\n((?:    [#. ]+\n)+)", text, re.MULTILINE | re.DOTALL)
+    assert len(shown) == 7
+    for sampler, maps in shown:
+        drawn = names["picture"](eval(f"sbn.{sampler}", names))
+        assert [line.strip() for line in maps.splitlines()] == drawn.splitlines(), sampler
+
+
 def test_every_command_is_a_target_of_the_makefile():
     makefile = README.with_name("Makefile")
     if not makefile.exists():
