@@ -16,6 +16,7 @@ from typing import ClassVar
 
 from sbncore.drawing import Batch, Sampler, integer
 from sbncore.plans import MapPlaces, Part, ScatteredPlaces, WholeSamples
+from sbncore.spacing import distance
 
 RUNS = 4  # of a map, of the pattern of that name
 VECTOR = 16  # elements: 64 bytes of float32, a cache line and the widest CPU vector
@@ -65,6 +66,7 @@ class FeatureSampling(Sampler):
         pattern: "run" (consecutive in memory, the default), "runs" (up to 4 shorter ones, evenly spaced:
             far better estimates for little more time), "rows" (whole rows), "patch" (a rectangle of the
             map's proportions) or "grid" (evenly spaced single positions: the best, in all cache lines).
+            "Evenly" is over rows and columns (`sbncore.spacing`).
         place: "sample" hashes a place for each sample; "common" is the paper's one place for all, which
             fails where images share a constant border.
         at_least: floor on the number of values per channel.
@@ -110,9 +112,10 @@ class FeatureSampling(Sampler):
             length = -(-length // unit) * unit
             # the last run too ends where an aligned one may: else some positions were drawn more often
             runs, align = -(-positions // length), math.gcd(length, positions, vector)
-            stride = S // runs // align * align
-            if stride < length:  # nearly everything
-                align, length, stride = 1, positions, S
+            if S // runs // align * align < length:  # nearly everything
+                align, length = 1, positions
+            else:
+                stride = distance(S, width, positions, length, align)
         elif self.pattern == "rows":
             nearest = round if self.ratio else math.ceil
             floor = max(1, -(-self.at_least // (real * width)))
@@ -123,7 +126,7 @@ class FeatureSampling(Sampler):
             length = max(round(width * math.sqrt(positions / S)), -(-positions // height), 1)
             stride = width
         else:
-            length, stride = 1, S // positions
+            length, stride = 1, distance(S, width, positions, 1, 1)
         common = self.place == "common"
         key = next(batch.keys)
         return (MapPlaces(1.0, key, batch.first, real, positions, length, stride, align, common),), 0.0

@@ -16,7 +16,7 @@ from sbncore.adapters.numpy import SampledBatchNorm
         (sbn.Full(), ["25088 of 25088 values per channel (100.0%)", "all of 32 samples"]),
         (
             sbn.FeatureSampling(1 / 16, "runs"),
-            ["48 of 784 positions of every map of 32 samples, in 3 runs of 16, 256 apart", "for each sample"],
+            ["48 of 784 positions of every map of 32 samples, in 3 runs of 16, 272 apart", "for each sample"],
         ),
         (sbn.FeatureSampling(1 / 16, place="common"), ["in one run, at one place for all"]),
         (sbn.BatchSampling(4, "random"), ["4 of 32 samples, at random, whole"]),

@@ -320,3 +320,28 @@ def test_runs_give_every_position_the_same_chance(amount, size):
             length = min(part.length, part.positions - i * part.length)
             drawn[(start + i * part.stride + np.arange(length)) % size] += 1
     assert (drawn == drawn[0]).all() and part.fits(1, size)
+
+
+@pytest.mark.parametrize("pattern", ["runs", "grid"])
+@pytest.mark.parametrize("width", [8, 14, 16, 28, 32, 56, 64])
+def test_runs_and_grids_spread_over_the_columns(pattern, width):
+    """A distance of whole rows would put them below each other: twice the error on correlated maps."""
+    (part,) = sbn.FeatureSampling(1 / 16, pattern).plan((8, 1, width, width)).recipe.parts
+    runs = -(-part.positions // part.length)
+    covered = {(i * part.stride + k) % width for i in range(runs) for k in range(part.length)}
+    assert 2 * len(covered) >= min(width, part.positions)
+
+
+def test_the_distance_is_even_where_there_is_one_axis():
+    for size in (100, 784, 4096):
+        (part,) = sbn.FeatureSampling(1 / 16, "runs").plan((8, 1, size)).recipe.parts
+        runs = -(-part.positions // part.length)
+        assert part.stride == size // runs // part.align * part.align or abs(part.stride * runs - size) < 64
+
+
+def test_spread_runs_tell_of_all_columns():
+    """Maps that rise from left to right: four runs below each other err as one run does."""
+    x = np.broadcast_to(np.linspace(-1, 1, 32), (16, 2, 32, 32)).copy()
+    spread = sbn.fidelity(x, sbn.FeatureSampling(1 / 64, "runs"), draws=64)
+    one = sbn.fidelity(x, sbn.FeatureSampling(1 / 64), draws=64)
+    assert spread.mean_error < one.mean_error / 2
