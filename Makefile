@@ -1,4 +1,4 @@
-# make demo | test | bench | lint | wheel | clean   (make test TORCH=: without PyTorch)
+# make demo | test | bench | docs | lint | wheel | clean   (make test TORCH=: without PyTorch)
 # make gpu, on a machine with a GPU: its tests and its benchmark, by a Python that has what docs/gpu.md lists
 # Everything runs in .venv, made on first use: PYTHON picks the interpreter, ARGS goes to the command.
 
@@ -15,7 +15,7 @@ PIP  := $(PY) -m pip --disable-pip-version-check
 unexport PYTHONPATH PYTHONHOME
 .NOTPARALLEL:
 
-.PHONY: demo test gpu bench lint wheel clean
+.PHONY: demo test gpu bench docs lint wheel clean
 
 demo: $(VENV)/bench.stamp
 	$(PY) -m bench.demo $(ARGS)
@@ -34,6 +34,13 @@ gpu:
 
 bench: $(VENV)/bench.stamp
 	$(PY) -m bench layer $(ARGS)
+
+# The site, build/site/index.html; a warning is an error.
+docs: $(VENV)/docs.stamp
+	rm -rf build/pages
+	mkdir -p build/pages
+	cd build/pages && ln -s $(addprefix ../../,README.md CHANGELOG.md CONTRIBUTING.md CITATION.cff LICENSE docs examples bench) .
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(ARGS)
 
 lint: $(VENV)/test.stamp
 	$(PY) -m ruff check .
@@ -55,7 +62,7 @@ $(VENV)/torch.stamp: | $(VENV)/venv.stamp
 	$(PIP) install $(TORCH)
 	@touch $@
 
-# bench.stamp, test.stamp: the package, editable, with that extra.
+# bench.stamp, docs.stamp, test.stamp: the package, editable, with that extra.
 $(VENV)/%.stamp: setup.cfg pyproject.toml | $(VENV)/venv.stamp
 	$(PIP) install -e '.[$*]'
 	@touch $@

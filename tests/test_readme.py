@@ -101,6 +101,15 @@ def test_every_command_is_a_target_of_the_makefile():
         assert command in targets
 
 
+def test_the_site_has_every_page():
+    site = README.with_name("mkdocs.yml")
+    if not site.exists():
+        pytest.skip("no mkdocs.yml beside the tests")
+    listed = re.findall(r": (\S+\.md)$", site.read_text(encoding="utf-8"), re.MULTILINE)
+    assert {f"docs/{page.name}" for page in DOCS.glob("*.md")} <= set(listed)
+    assert all((README.parent / page).exists() for page in listed)
+
+
 @pytest.mark.parametrize(
     "page", [README, README.with_name("CONTRIBUTING.md"), *DOCS.glob("*.md")], ids=lambda p: p.name
 )
