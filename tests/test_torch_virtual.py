@@ -13,7 +13,7 @@ from virtual_models import K, Net, Pair, Seen, assert_same, gradients  # noqa: E
 
 import sbncore as sbn  # noqa: E402
 from sbncore import noise  # noqa: E402
-from sbncore.adapters.torch.layers import SampledBatchNorm1d  # noqa: E402
+from sbncore.adapters.torch.layers import SampledBatchNorm1d, SampledBatchNorm2d  # noqa: E402
 from sbncore.adapters.torch.virtual import VirtualBatch, channel_noise, white_noise  # noqa: E402
 
 
@@ -212,13 +212,18 @@ def test_mixtures_and_priors_with_virtual_samples_are_welcome():
 @pytest.mark.parametrize(
     ("kind", "message", "given"),
     [
-        (TypeError, "x: expected a tensor, got ndarray", np.zeros((4, 2))),
+        (TypeError, "x: expected a tensor, or .* with floating ones, got ndarray", np.zeros((4, 2))),
         (ValueError, r"x: expected \(N, C, \*spatial\), at least 2 axes, got shape \(4,\)", torch.zeros(4)),
         (TypeError, "x: expected a floating dtype, got torch.int64; a distribution=",
          torch.zeros(4, 2, dtype=torch.int64)),
         (ValueError, r"x: expected more than 1 value per channel.*got shape \(0, 2, 3\)",
          torch.zeros(0, 2, 3)),
         (ValueError, r"x: expected more than 1 value per channel.*got shape \(1, 2\)", torch.zeros(1, 2)),
+        (TypeError, "x: expected a tensor, .*, got list; a list of images becomes one inside",
+         [torch.zeros(2, 4, 4), torch.zeros(2, 5, 5)]),
+        (TypeError, "x: expected a tensor, .*, got dict", {"ids": torch.zeros(4, 2, dtype=torch.int64)}),
+        (ValueError, r"x: expected tensors of as many samples, got shapes \[\(4, 2, 3\), \(5, 2, 3\)\]",
+         (torch.zeros(4, 2, 3), torch.zeros(5, 2, 3))),
     ],
 )  # fmt: skip
 def test_complaints_about_x_count_nothing(kind, message, given):
@@ -244,3 +249,47 @@ def test_complaints_about_a_distribution_count_nothing(x, kind, message, made):
     with pytest.raises(kind, match=message):
         model(x)
     assert model.num_batches_tracked == 0
+
+
+def test_tuples_and_dicts_of_tensors_are_extended(x):
+    model = VirtualBatch(Seen(), K, seed=9)
+    mask = torch.arange(6) % 2 == 0
+    given = {"image": x, "depth": x[:, :1] + 1, "mask": mask, "size": torch.tensor(3), "name": "a"}
+    returned = model(given)
+    seen = model.model.x
+    assert seen["image"].shape == (9, 2, 5, 5) and torch.equal(seen["image"][6:], channel_noise(x, K, 9, 0))
+    assert seen["depth"].shape == (9, 1, 5, 5) and torch.equal(seen["mask"], torch.cat((mask, mask[:3])))
+    other = channel_noise(given["depth"], K, 9, 0)
+    assert not torch.equal(seen["depth"][6:], other)  # noise of its own
+    assert seen["size"] == 3 and seen["name"] == "a"
+    assert returned.keys() == given.keys()
+    assert all(torch.equal(returned[k], given[k]) for k in ("image", "depth", "mask", "size"))
+    left, right = model((x, x.double()))
+    assert torch.equal(left, x) and right.dtype == torch.float64
+
+
+class Detector(nn.Module):
+    """As torchvision's: images of any size in a list, targets beside them, losses in training."""
+
+    def __init__(self):
+        super().__init__()
+        norm = SampledBatchNorm2d(4, sampler=sbn.VirtualSamples(K))
+        self.backbone = VirtualBatch(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), norm), K)
+        self.head = nn.Conv2d(4, 1, 1)
+
+    def forward(self, images, targets):
+        height, width = (max(image.shape[k] for image in images) for k in (1, 2))
+        padded = [F.pad(i, (0, width - i.shape[2], 0, height - i.shape[1])) for i in images]
+        scores = self.head(self.backbone(torch.stack(padded))).amax((1, 2, 3))
+        assert len(scores) == len(targets) == len(images)
+        return {"loss": sum((s - t["score"]) ** 2 for s, t in zip(scores, targets, strict=True))}
+
+
+def test_a_detectors_backbone_is_wrapped():
+    detector = Detector()
+    images = [torch.randn(3, 9, 7), torch.randn(3, 6, 12)]
+    loss = detector(images, [{"score": 1.0}, {"score": 0.0}])["loss"]
+    loss.backward()
+    assert detector.backbone.model[0].weight.grad.abs().sum() > 0
+    compiled = torch.compile(detector.backbone, fullgraph=True, backend="eager")
+    assert compiled(torch.randn(2, 3, 8, 8)).shape == (2, 4, 8, 8)

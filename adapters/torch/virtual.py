@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from sbncore import noise
 from sbncore.adapters.torch import replay, rows
@@ -39,7 +39,10 @@ class VirtualBatch(nn.Module):
         seed: names the noise beside the step, ``num_batches_tracked``, which is saved with the model; ranks
             should differ in it.
 
-    forward takes x, with the batch first, and whatever else the model takes, which passes as it is. Every
+    forward takes x, with the batch first, and whatever else the model takes, targets too, which passes as it
+    is. x may be a tuple or a dict of tensors: each floating one gets virtual samples, each other one with a
+    row for each sample repeats its first rows. Of a detector, which takes a list of images, wrap the part
+    that they enter as one tensor, ``detector.backbone = VirtualBatch(detector.backbone, count)``. Every
     tensor in what the model returns that has a row for each sample, virtual ones included, is stripped; a
     loss computed inside the model has seen them.
 
@@ -78,21 +81,27 @@ class VirtualBatch(nn.Module):
             if isinstance(module, _DropoutNd) and "forward" not in vars(module):
                 module.forward = partial(_drop, module, {})
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Return what the model returns, for the real samples alone; count the step once all is well."""
         if not self.training:
             return self.model(x, *args, **kwargs)
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
-        if x.ndim < 2:
-            raise ValueError(f"x: expected (N, C, *spatial), at least 2 axes, got shape {tuple(x.shape)}")
+        leaves, structure = tree_flatten(x)
+        drawn = _drawn(x, leaves)
         (step,), counts = replay.read([self.num_batches_tracked])
         distribution = channel_noise if self.distribution is None else self.distribution
-        virtual = distribution(x, self.count, self.seed, step)
-        _check_virtual(virtual, x, self.count)
-        total = x.shape[0] + self.count
+        real = leaves[drawn[0]].shape[0]
+        for k in drawn:
+            seed = self.seed if k == drawn[0] else absorb(self.seed & MASK, k)
+            virtual = distribution(leaves[k], self.count, seed, step)
+            _check_virtual(virtual, leaves[k], self.count)
+            leaves[k] = torch.cat((leaves[k], virtual))
+        for k, leaf in enumerate(leaves):  # masks, numbers of tokens
+            if k not in drawn and isinstance(leaf, Tensor) and leaf.shape[:1] == (real,):
+                again = torch.arange(self.count, device=leaf.device) % real
+                leaves[k] = torch.cat((leaf, leaf[again]))
+        total = real + self.count
         with rows.running(total, self.count):
-            output = self.model(torch.cat((x, virtual)), *args, **kwargs)
+            output = self.model(tree_unflatten(leaves, structure), *args, **kwargs)
         if counts is not False:
             self.num_batches_tracked.add_(counts)
 
@@ -219,6 +228,29 @@ def _check_layer(name: str, module: nn.Module, count: int) -> None:
             f"{name}: expected a sampler with VirtualSamples({count}), alone or in a mixture, got "
             f"{module.sampler}"
         )
+
+
+def _drawn(x: Any, leaves: list[Any]) -> list[int]:
+    """Return which tensors of x get virtual samples."""
+    if isinstance(x, Tensor):
+        drawn = [0]
+    elif isinstance(x, tuple | dict):
+        floating = (isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves)
+        drawn = [k for k, floats in enumerate(floating) if floats]
+    else:
+        drawn = []
+    if not drawn:
+        hint = "; a list of images becomes one inside a model: wrap that part" if isinstance(x, list) else ""
+        raise TypeError(
+            f"x: expected a tensor, or a tuple or dict with floating ones, got {type(x).__name__}{hint}"
+        )
+    for leaf in (leaves[k] for k in drawn):
+        if leaf.ndim < 2:
+            raise ValueError(f"x: expected (N, C, *spatial), at least 2 axes, got shape {tuple(leaf.shape)}")
+        if leaf.shape[0] != leaves[drawn[0]].shape[0]:
+            shapes = [tuple(leaves[k].shape) for k in drawn]
+            raise ValueError(f"x: expected tensors of as many samples, got shapes {shapes}")
+    return drawn
 
 
 def _check_virtual(virtual: Any, x: Tensor, count: int) -> None:
