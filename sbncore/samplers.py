@@ -115,7 +115,7 @@ class FeatureSampling(Sampler):
             if S // runs // align * align < length:  # nearly everything
                 align, length = 1, positions
             else:
-                stride = distance(S, width, positions, length, align)
+                stride = distance(batch.spatial, positions, length, align)
         elif self.pattern == "rows":
             nearest = round if self.ratio else math.ceil
             floor = max(1, -(-self.at_least // (real * width)))
@@ -126,7 +126,7 @@ class FeatureSampling(Sampler):
             length = max(round(width * math.sqrt(positions / S)), -(-positions // height), 1)
             stride = width
         else:
-            length, stride = 1, distance(S, width, positions, 1, 1)
+            length, stride = 1, distance(batch.spatial, positions, 1, 1)
         common = self.place == "common"
         key = next(batch.keys)
         return (MapPlaces(1.0, key, batch.first, real, positions, length, stride, align, common),), 0.0

@@ -339,6 +339,13 @@ def test_the_distance_is_even_where_there_is_one_axis():
         assert part.stride == size // runs // part.align * part.align or abs(part.stride * runs - size) < 64
 
 
+@pytest.mark.parametrize("axis", [2, 3, 4])
+def test_spread_runs_tell_of_all_axes_of_a_volume(axis):
+    x = np.moveaxis(np.broadcast_to(np.linspace(-1, 1, 16), (16, 2, 16, 16, 16)), 4, axis).copy()
+    spread, one = (sbn.fidelity(x, sbn.FeatureSampling(1 / 256, p), draws=64) for p in ("runs", "run"))
+    assert spread.mean_error < 0.7 * one.mean_error + 1e-12
+
+
 def test_spread_runs_tell_of_all_columns():
     """Maps that rise from left to right: four runs below each other err as one run does."""
     x = np.broadcast_to(np.linspace(-1, 1, 32), (16, 2, 32, 32)).copy()
