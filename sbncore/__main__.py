@@ -42,15 +42,13 @@ def main(arguments: list[str] | None = None) -> None:
     add("--input", type=sizes, metavar="N,C,H,W", help="without a batch: of white noise, which is no data")
     add("--tolerance", type=float, default=0.03, help="in standard deviations; default: 0.03")
     add("--json", action="store_true", help="all that was tried, as JSON")
+    add("--traceback", action="store_true", help="where an error arose")
     add("--picture", metavar="FILE", help="error over passes, as PNG, SVG or PDF")
     options = parser.parse_args(arguments)
     if options.command == "warmup":
         compile_ahead(options)
     elif options.command == "suggest":
-        try:
-            suggest_samplers(options)
-        except (OSError, TypeError, ValueError, ModuleNotFoundError) as complaint:
-            sys.exit(f"python -m sbncore suggest: {complaint}")
+        suggest_samplers(options)
     else:
         tell(options.json)
 
@@ -80,22 +78,30 @@ def suggest_samplers(options: argparse.Namespace) -> None:
     """Print what `sbncore.adapters.torch.suggest_samplers` finds of the model that a function builds."""
     file, _, function = options.model.rpartition(":")
     if not Path(file).is_file():
-        raise ValueError(f"model: expected FILE.py:FUNCTION, got {options.model!r}")
+        sys.exit(f"model: expected FILE.py:FUNCTION, got {options.model!r}")
+    sys.path.insert(0, str(Path(file).resolve().parent))  # as for a script
     build = runpy.run_path(file).get(function)
     if not callable(build):
-        raise ValueError(f"model: expected a function {function!r} in {file}, found none")
-    from sbncore.adapters import torch as adapter
-
+        sys.exit(f"model: expected a function {function!r} in {file}, found none")
+    try:
+        from sbncore.adapters import torch as adapter
+    except ImportError as missing:
+        sys.exit(str(missing))
     built = build()
     model, batch = built if isinstance(built, tuple) else (built, None)
     if batch is None:
         if options.input is None:
-            raise ValueError("--input: expected a shape, since the function returns no batch")
+            sys.exit("--input: expected a shape, since the function returns no batch")
         import torch
 
         batch = torch.randn(options.input, generator=torch.Generator().manual_seed(0))
         print("of white noise: real data are correlated, and want more", file=sys.stderr)
-    found = adapter.suggest_samplers(model, batch, tolerance=options.tolerance)
+    try:
+        found = adapter.suggest_samplers(model, batch, tolerance=options.tolerance)
+    except (TypeError, ValueError) as complaint:
+        if options.traceback:
+            raise
+        sys.exit(f"{complaint}; --traceback says where")
     print(json.dumps(found.as_dict(), indent=2) if options.json else found)
     if options.picture:
         found.picture(options.picture)

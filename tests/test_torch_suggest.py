@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import sys
 
 import pytest
 
@@ -164,6 +165,7 @@ def test_what_was_tried_is_told_in_words_numbers_and_a_picture(model, tmp_path):
 
 
 SOURCE = """
+import beside
 import torch
 from torch import nn
 
@@ -175,13 +177,17 @@ def both():
 """
 
 
-def test_the_command_prints_what_is_found(tmp_path, capsys):
+def test_the_command_prints_what_is_found(tmp_path, capsys, monkeypatch):
     file = tmp_path / "model.py"
     file.write_text(SOURCE)
+    (tmp_path / "beside.py").touch()  # as a script, it may import it
+    monkeypatch.setattr(sys, "path", [*sys.path])
     main(["suggest", f"{file}:both", "--tolerance", "0.1"])
     assert "1: (16, 4, 8, 8), 100% of the bytes: " in capsys.readouterr().out
     main(["suggest", f"{file}:bare", "--input", "16,3,10,10", "--json"])
     told = capsys.readouterr()
+    with pytest.raises(ValueError, match="tolerance"):
+        main(["suggest", f"{file}:both", "--tolerance", "0", "--traceback"])
     assert json.loads(told.out)["1"]["shape"] == [16, 4, 8, 8] and "white noise" in told.err
 
 
@@ -191,8 +197,10 @@ def test_the_command_prints_what_is_found(tmp_path, capsys):
     (["{}:bare"], "--input: expected a shape, since the function returns no batch"),
     (["{}:both", "--tolerance", "0"], "tolerance: expected a positive number"),
 ])  # fmt: skip
-def test_what_the_command_refuses(tmp_path, arguments, message):
+def test_what_the_command_refuses(tmp_path, monkeypatch, arguments, message):
     file = tmp_path / "model.py"
     file.write_text(SOURCE)
+    (tmp_path / "beside.py").touch()  # as a script, it may import it
+    monkeypatch.setattr(sys, "path", [*sys.path])
     with pytest.raises(SystemExit, match=re.escape(message)):
         main(["suggest", *(argument.format(file) for argument in arguments)])
