@@ -32,6 +32,7 @@ from bench.data import Images, load
 from bench.machine import machine
 from bench.networks import STRIDES, WIDTHS
 from bench.options import integer, parser
+from sbncore.spacing import distance
 
 BATCH, TESTED, RECALIBRATED = 128, 500, 10  # images, images at a time, batches of so many
 MOMENTUM, DECAY, RUNNING, EPS = 0.9, 5e-4, 0.1, 1e-5
@@ -48,6 +49,7 @@ class Sample:
     at_least: int = 1024  # values of a channel
     runs: int = 4  # of a map
     group: int = 0  # channels that share a draw ("by 16 channels"), 0 all
+    spread: bool = True  # runs over rows and columns, or evenly in memory
     even: bool = False  # starts a golden ratio of the map apart from sample to sample, the first at random
     noise: str = ""  # the sample whose errors, drawn for each channel, are added to the full statistics
 
@@ -61,6 +63,7 @@ SAMPLES = {
     "FS 1/16, even": FS(even=True),
     "FS 1/16, even, by 16 channels": FS(group=16, even=True),
     "FS 1/16, one run": FS(runs=1),
+    "FS 1/16, runs not spread": FS(spread=False),
     "FS 1/16, 4,096 values": FS(at_least=4096),
     "FS 1/8": FS(1 / 8),
     "BS 1/16, 4,096 values": BS(),
@@ -213,7 +216,7 @@ class Ensemble:
         """Return the positions (N, R, C, m) of a sample of maps."""
         values = min(S, max(math.ceil(sample.ratio * S), math.ceil(sample.at_least / N)))
         length = -(-values // sample.runs)
-        align, groups = math.gcd(length, 16), C // sample.group if sample.group else 1
+        align, groups = math.gcd(length, 16, S), C // sample.group if sample.group else 1
         starts = S // align
         if sample.even:
             first = torch.rand((1, R, groups), device=self.device, generator=self.draws)
@@ -222,7 +225,11 @@ class Ensemble:
         else:
             start = self._integers(starts, (N, R, groups))
         k = torch.arange(length * sample.runs, device=self.device)
-        offsets = k // length * (S // sample.runs) + k % length
+        apart = S // sample.runs
+        if sample.spread:
+            side = math.isqrt(S)
+            apart = distance((side, side), length * sample.runs, length, align)
+        offsets = k // length * apart + k % length
         found = (start[..., None] * align + offsets) % S
         return found.repeat_interleave(C // groups, 2)
 
