@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 import sbncore as sbn
+from sbncore.checks import OPTIONS
+from sbncore.drawing import integer
 from sbncore.saved import digest
+
+COUNTER = "num_batches_tracked"
+STATE = "weight", "bias", "running_mean", "running_var", COUNTER
 
 
 class SampledBatchNorm:
@@ -31,8 +37,11 @@ class SampledBatchNorm:
         running_mean, running_var: (C,), or None if not tracked.
         saved: what the last forward in training kept (`sbncore.Saved`).
 
+    Every option may be set at any time, and is checked when it is.
+
     Raises:
-        What `sbncore.batch_norm` raises; the counter and the statistics have not moved then.
+        TypeError, ValueError: for options, when they are set. From forward what `sbncore.batch_norm` raises;
+            the counter and the statistics have not moved then.
         ValueError: from backward, without a forward in training of its own, or if x was seen to have changed.
     """
 
@@ -55,7 +64,10 @@ class SampledBatchNorm:
         layer: int = 0,
         check: bool | None = None,
     ) -> None:
-        self.num_features, self.eps, self.momentum = num_features, eps, momentum
+        self.num_features = integer("num_features", num_features)
+        if self.num_features < 1:
+            raise ValueError(f"num_features: expected at least 1, got {num_features}")
+        self.eps, self.momentum = eps, momentum
         self.sampler, self.gradient, self.activation = sampler, gradient, activation
         self.channel_axis, self.seed, self.layer, self.check = channel_axis, seed, layer, check
         self.weight = self._xp.ones(num_features, dtype) if affine else None
@@ -70,6 +82,10 @@ class SampledBatchNorm:
         self._pending = False  # whether backward may still use it
         self._digest: int | None = None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        option = OPTIONS.get(name)
+        super().__setattr__(name, value if option is None else option(value))
+
     def __repr__(self) -> str:
         line = f"{type(self).__name__}({self.num_features}, eps={self.eps}, momentum={self.momentum}"
         line += f", sampler={self.sampler}, layer={self.layer}"
@@ -83,6 +99,41 @@ class SampledBatchNorm:
     def eval(self) -> SampledBatchNorm:
         """Normalize by the running statistics from now on, and return self."""
         return self.train(False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return copies of the parameters, running statistics and counter, under torch's names.
+
+        What is absent is left out; ``numpy.savez(file, **state)`` keeps it.
+        """
+        state = {name: getattr(self, name) for name in STATE}
+        return {name: self._xp.array(value) for name, value in state.items() if value is not None}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a `state_dict`, of this layer's or torch's names, in place.
+
+        Args:
+            state: arrays (C,) of the layer's dtype, and an integer ``num_batches_tracked``; all that the
+                layer has, and no more.
+
+        Raises:
+            ValueError, TypeError: naming what is missing, unknown or does not fit, before anything changes.
+        """
+        own = {name: getattr(self, name) for name in STATE}
+        wanted = {name for name, value in own.items() if value is not None}
+        if wanted != set(state):
+            raise ValueError(f"state: expected {sorted(wanted)}, got {sorted(state)}")
+        new = {name: self._xp.asarray(value) for name, value in state.items()}
+        for name, value in new.items():
+            like = self._xp.asarray(own[name]) if name != COUNTER else self._xp.zeros((), "int64")
+            if value.shape != like.shape:
+                raise ValueError(f"state: expected {name} of shape {like.shape}, got {value.shape}")
+            if value.dtype != like.dtype:
+                raise TypeError(f"state: expected {name} of {like.dtype}, got {value.dtype}")
+        for name, value in new.items():
+            if name == COUNTER and isinstance(self.num_batches_tracked, int):
+                self.num_batches_tracked = int(value)
+            else:
+                own[name][...] = value
 
     def forward(self, x: Any, residual: Any = None) -> Any:
         """Return y; in training, move the running statistics and the counter once all is well.

@@ -125,3 +125,70 @@ def test_a_refused_batch_moves_nothing(rng):
     assert layer.num_batches_tracked == 0 and (layer.running_mean == 0).all()
     with pytest.raises(ValueError, match="backward: expected a forward before it"):
         layer.backward(np.zeros((1, 3), np.float32))
+
+
+def test_a_saved_state_goes_on_with_the_same_draws(rng, tmp_path):
+    def new():
+        return SampledBatchNorm(3, sampler=sbn.FeatureSampling(1 / 4), layer=2)
+
+    batches = rng.normal(2, 3, (4, 8, 3, 6, 6)).astype(np.float32)
+    whole, first, second = new(), new(), new()
+    for x in batches[:2]:
+        whole(x), first(x)
+    state = first.state_dict()
+    np.savez(tmp_path / "state.npz", **state)
+    first(batches[3])  # which does not reach the state
+    second.load_state_dict(np.load(tmp_path / "state.npz"))
+    for x in batches[2:]:
+        assert (whole(x) == second(x)).all()
+    assert (whole.running_var == second.running_var).all() and second.num_batches_tracked == 4
+    bare = SampledBatchNorm(3, affine=False, track_running_stats=False)
+    assert bare.state_dict().keys() == {"num_batches_tracked"}
+
+
+def test_states_are_torchs_too(rng):
+    torch = pytest.importorskip("torch")
+    theirs, ours = torch.nn.BatchNorm1d(3), SampledBatchNorm(3)
+    x = rng.normal(size=(8, 3, 5)).astype(np.float32)
+    theirs(torch.from_numpy(x))
+    ours.load_state_dict({name: value.numpy() for name, value in theirs.state_dict().items()})
+    assert ours.num_batches_tracked == 1 and (ours.running_mean == theirs.running_mean.numpy()).all()
+    again = {name: torch.from_numpy(value) for name, value in ours.state_dict().items()}
+    theirs.load_state_dict(again)
+
+
+@pytest.mark.parametrize("change, kind, message", [
+    ({"weight": None}, ValueError, r"state: expected \['bias', .*'weight'\], got \['bias'"),
+    ({"other": np.zeros(3)}, ValueError, r"state: expected .*, got .*'other'"),
+    ({"running_var": np.zeros(4, "f4")}, ValueError, r"expected running_var of shape \(3,\), got \(4,\)"),
+    ({"running_var": np.zeros(3)}, TypeError, "expected running_var of float32, got float64"),
+    ({"num_batches_tracked": np.float32(1)}, TypeError, "num_batches_tracked of int64, got float32"),
+])  # fmt: skip
+def test_a_state_that_does_not_fit_changes_nothing(change, kind, message):
+    layer = SampledBatchNorm(3)
+    state = {name: value for name, value in (layer.state_dict() | change).items() if value is not None}
+    state["bias"] = np.ones(3, "f4")
+    with pytest.raises(kind, match=message):
+        layer.load_state_dict(state)
+    assert not layer.bias.any() and layer.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("option, value, kind, message", [
+    ("sampler", 1 / 16, TypeError, "sampler: "),
+    ("eps", -1.0, ValueError, "eps: "),
+    ("momentum", 2.0, ValueError, "momentum: "),
+    ("gradient", "none", ValueError, "gradient: "),
+    ("activation", "tanh", ValueError, "activation: "),
+    ("layer", 1.5, TypeError, "layer: "),
+    ("num_features", 0, ValueError, "num_features: expected at least 1, got 0"),
+    ("num_features", 2.0, TypeError, "num_features: expected an integer"),
+])  # fmt: skip
+def test_options_are_checked_when_they_are_set(option, value, kind, message):
+    with pytest.raises(kind, match=message):
+        SampledBatchNorm(**{"num_features": 3} | {option: value})
+    layer = SampledBatchNorm(3)
+    before = getattr(layer, option)
+    if option != "num_features":
+        with pytest.raises(kind, match=message):
+            setattr(layer, option, value)
+    assert getattr(layer, option) == before
