@@ -253,6 +253,24 @@ def test_fixed_draws_never_change():
     assert plan.runs.begin.tolist() == FIXED["naive"]
 
 
+def test_distances_never_change():
+    """They follow from sums of floating-point numbers, which must be the same everywhere."""
+    for spatial, distances in DISTANCES.items():
+        for pattern, stride in zip(("runs", "grid"), distances, strict=True):
+            (part,) = sbn.FeatureSampling(1 / 16, pattern, at_least=1024).plan((32, 1, *spatial)).recipe.parts
+            assert part.stride == stride, (spatial, pattern)
+
+
+DISTANCES = {
+    (7, 7): (12, 1),
+    (14, 14): (48, 6),
+    (28, 28): (272, 15),
+    (32, 32): (272, 15),
+    (56, 56): (752, 15),
+    (112, 112): (3088, 15),
+    (16, 56, 56): (11792, 15),
+    (1000,): (248, 16),
+}
 FIXED = {"feature": [20, 32, 84, 104], "batch": [2, 8, 10], "naive": [3986, 4903, 6984, 8592]}
 
 
