@@ -69,7 +69,7 @@ def unfuse(model: nn.Module) -> None:
                 module._modules[key] = relu
     for layer in model.modules():
         if isinstance(layer, SampledBatchNorm) and any(vars(layer).get("_fused") is each for each in undone):
-            del vars(layer)["_fused"]
+            layer.__dict__.pop("_fused")
             layer.activation = None
 
 
