@@ -5,6 +5,8 @@
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 ARGS   ?=
+# A test that takes longer hangs: its threads are shown and the run ends.
+LIMIT  ?= -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
 GPU_PYTHON ?= python3
 
 VENV := .venv
@@ -21,7 +23,7 @@ demo: $(VENV)/bench.stamp
 	$(PY) -m bench.demo $(ARGS)
 
 test: lint $(if $(TORCH),$(VENV)/torch.stamp)
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(LIMIT) $(ARGS)
 
 # In stages, each with its result, going on after one that fails; about ten minutes.
 gpu:

@@ -44,6 +44,7 @@ def test_every_example_is_tried():
 def test_examples_run(name):
     if name in WITH_TORCH:
         pytest.importorskip("torch")
-    done = subprocess.run([sys.executable, EXAMPLES / name], capture_output=True, text=True)
+    command = [sys.executable, EXAMPLES / name]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert PROMISED[name](done.stdout), done.stdout
