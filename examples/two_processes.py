@@ -29,8 +29,8 @@ def network():
 def take_part(rank, port):
     """Be one process of the group, which outlives the models that hold it.
 
-    A DistributedDataParallel that outlived its group would end it while it keeps the interpreter's lock, for which
-    the group's own threads may wait: PyTorch hangs then, now and again.
+    A DistributedDataParallel that outlived its group would end it while it keeps the interpreter's lock, for
+    which the group's own threads may wait: PyTorch hangs then, now and again.
     """
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=RANKS)

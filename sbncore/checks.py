@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -100,9 +101,18 @@ def _overlap(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def _bounds(view: np.ndarray) -> tuple[int, int]:
-    reach = [stride * (size - 1) for stride, size in zip(view.strides, view.shape, strict=True)]
-    first = address(view) + sum(min(0, each) for each in reach)
-    return first, first + (sum(map(abs, reach)) + view.dtype.itemsize if view.size else 0)
+    below, above = _reach(view.shape, view.strides, view.dtype.itemsize)
+    begin = address(view)
+    return begin + below, begin + above
+
+
+@lru_cache(maxsize=4096)
+def _reach(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> tuple[int, int]:
+    """Return the bytes before and behind an array's address that its elements reach."""
+    if 0 in shape:
+        return 0, 0
+    reach = [stride * (size - 1) for stride, size in zip(strides, shape, strict=True)]
+    return sum(min(0, each) for each in reach), sum(max(0, each) for each in reach) + itemsize
 
 
 def _place(view: np.ndarray) -> tuple[Any, ...]:
