@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from bench.report import installed
+
 WIDTHS = 16, 32, 32, 64, 64
 STRIDES = 1, 2, 1, 2, 1
 
@@ -96,8 +98,23 @@ def build(name: str, channels: int, classes: int, seed: int) -> nn.Module:
     """Return a network; torch's own random numbers stay as they were."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        network = NETWORKS[name](channels, classes)
+        network = NETWORKS[name](channels, classes) if name in NETWORKS else _torchvisions(name, classes)
         for module in network.modules():
             if isinstance(module, nn.Conv1d | nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     return network
+
+
+def torchvisions() -> tuple[str, ...]:
+    """Return the names of torchvision's models, none where it is not installed."""
+    if not installed("torchvision"):
+        return ()
+    import torchvision
+
+    return tuple(torchvision.models.list_models(torchvision.models))
+
+
+def _torchvisions(name: str, classes: int) -> nn.Module:
+    import torchvision
+
+    return torchvision.models.get_model(name, num_classes=classes)  # type: ignore[no-any-return]

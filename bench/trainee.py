@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +32,7 @@ class Settings:
     seed: int = 0
     device: str = "cpu"
     channels_last: bool = False
+    autocast: str | None = None  # "float16" or "bfloat16"
 
     @property
     def layout(self) -> torch.memory_format:
@@ -52,20 +54,47 @@ class Trainee:
         )
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
         self.on_gpu = settings.device == "cuda"
+        kind = None if settings.autocast is None else getattr(torch, settings.autocast)
+        self.autocast = torch.autocast(settings.device, kind, enabled=kind is not None)
         self.finish = torch.cuda.synchronize if self.on_gpu else lambda: None
 
     def step(self, x: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, float]:
         """Take one step; return the loss and the seconds."""
         self.finish()
         begin = time.perf_counter()
-        self.optimizer.zero_grad()
-        loss = self.loss(self.network(x), labels)
-        loss.backward()
-        self.optimizer.step()
+        loss = self._step(x, labels)
         self.finish()
         seconds = time.perf_counter() - begin
         self.schedule.step()
-        return loss.detach(), seconds
+        return loss, seconds
+
+    def _step(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        self.optimizer.zero_grad()
+        with self.autocast:
+            loss = self.loss(self.network(x), labels)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def captured(self, x: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
+        """Return what replays a step from a CUDA graph, on these images, and waits for it."""
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # libraries choose their kernels
+                self._step(x, labels)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            loss = self._step(x, labels)
+
+        def replay() -> None:
+            graph.replay()
+            self.finish()
+
+        replay()
+        if not bool(loss.isfinite()):
+            raise WrongResult(f"a step replayed from a graph has loss {loss.item()}")
+        return replay
 
 
 def share(trainee: Trainee, x: torch.Tensor, labels: torch.Tensor, steps: int) -> float:

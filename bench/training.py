@@ -22,7 +22,7 @@ try:
     import torch
 
     from bench import curves, normalizations, speed
-    from bench.networks import NETWORKS, build
+    from bench.networks import NETWORKS, build, torchvisions
     from bench.suites import REFERENCE_BATCH, SUITES, Suite
     from bench.sweep import DEFAULT, Spec, dataset, sweep
     from bench.trainee import Settings, check
@@ -54,9 +54,17 @@ def _machine(options: argparse.Namespace, threads: int) -> Machine:
 def _speed(options: argparse.Namespace, arguments: list[str]) -> None:
     where = _machine(options, options.threads or sbn.get_num_threads())
     settings = Settings(
-        batch=(options.batches or [64])[0], device=options.device, channels_last=options.channels_last
+        batch=(options.batches or [64])[0],
+        device=options.device,
+        channels_last=options.channels_last,
+        autocast=options.autocast,
     )
-    speed.run(settings, options.rounds or (10 if options.quick else 40), where, arguments, options.out)
+    rounds = options.rounds or (10 if options.quick else 40)
+    network, *others = options.networks or ["resnet"]
+    _choices("--networks", (network,), (*NETWORKS, *torchvisions()))
+    if others:
+        sys.exit(f"--networks: expected one with --speed, got {len(others) + 1}")
+    speed.run(settings, rounds, network, where, arguments, options.out)
 
 
 def _sweep(options: argparse.Namespace, arguments: list[str]) -> None:
@@ -154,7 +162,6 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     add("--suite", choices=SUITES, default="accuracy", help="default: accuracy")
     swept = [
         add("--norms", type=_words, help="names as below, separated by commas"),
-        add("--networks", type=_words, help="plain, resnet, 1d"),
         add("--gradients", type=_words, help="exact, sampled, detached"),
         add("--seeds", type=integer, help="how many"),
         add("--images", type=integer, help="how many to train on, of every class its share"),
@@ -163,6 +170,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         add("--data", metavar="FOLDER", help="IDX files, CIFAR-10's, train/CLASS/*; or digits"),
         add("--jobs", type=integer, help="trainings at a time; default: as many as cores"),
     ]
+    add("--networks", type=_words, help="plain, resnet, 1d; with --speed one, of torchvision's too: resnet50")
     add("--batches", type=_numbers, help="batch sizes")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--threads", type=integer, help="of each; default: 1, or with --speed all cores")
@@ -172,10 +180,11 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         help="only the time of a step, of random images, and normalization's share of it",
     )
     add("--channels-last", action="store_true", help="with --speed")
+    add("--autocast", choices=("float16", "bfloat16"), help="with --speed")
     add("--rounds", type=integer, help="steps of each, with --speed; default: 40")
     options = one.parse_args(arguments)
-    if not options.speed and (options.rounds or options.channels_last):
-        one.error("--rounds and --channels-last need --speed")
+    if not options.speed and (options.rounds or options.channels_last or options.autocast):
+        one.error("--rounds, --channels-last and --autocast need --speed")
     for each in swept:
         if options.speed and getattr(options, each.dest) is not None:
             one.error(f"--{each.dest} is not for --speed, which trains on random images")

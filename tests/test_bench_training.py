@@ -274,7 +274,9 @@ def test_the_speed_of_a_step_and_normalizations_share(tmp_path, monkeypatch, cap
     from bench import speed
 
     monkeypatch.setattr(speed, "IMAGE", (2, 8, 8))
-    training.main(["--speed", "--rounds", "2", "--batches", "4", "--out", str(tmp_path)])
+    training.main(
+        ["--speed", "--rounds", "2", "--batches", "4", "--autocast", "bfloat16", "--out", str(tmp_path)]
+    )
     text = (tmp_path / "training-speed.md").read_text(encoding="utf-8")
     assert capsys.readouterr().out.strip() in text
     with (tmp_path / "training-speed.csv").open(encoding="utf-8") as file:
@@ -288,12 +290,14 @@ def test_the_speed_of_a_step_and_normalizations_share(tmp_path, monkeypatch, cap
 @pytest.mark.parametrize("wrong, complaint", [
     (["--speed", "--epochs", "1"], "--epochs is not for --speed"),
     (["--speed", "--norms", "full"], "--norms is not for --speed"),
-    (["--rounds", "3"], "--rounds and --channels-last need --speed"),
+    (["--rounds", "3"], "--rounds, --channels-last and --autocast need --speed"),
+    (["--speed", "--networks", "plain,1d"], "--networks: expected one with --speed, got 2"),
+    (["--speed", "--networks", "none-such"], "got 'none-such'"),
 ])  # fmt: skip
 def test_what_the_speed_of_a_step_takes(wrong, complaint, capsys):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as exit:
         training.main(wrong)
-    assert complaint in capsys.readouterr().err
+    assert complaint in capsys.readouterr().err + str(exit.value)
 
 
 def test_the_fidelity_on_real_activations(small, capsys):
