@@ -12,13 +12,13 @@ def kept(network: torch.nn.Module, x: torch.Tensor) -> int:
     given = {tensor.untyped_storage().data_ptr() for tensor in (x, *network.parameters())}
     found: dict[int, tuple[int, torch.Tensor]] = {}
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
+    def pack(tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in given:
-            found[storage.data_ptr()] = storage.nbytes(), tensor  # held, lest another takes its place
-        return tensor
+            # held, lest another takes its place, but not its graph, which holds this function
+            found[storage.data_ptr()] = storage.nbytes(), tensor.detach()
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
         network(x)
     return sum(nbytes for nbytes, _ in found.values())
 

@@ -1,10 +1,12 @@
 """The training benchmark: its options, what it writes, how it goes on, and the speed of a step."""
 
 import csv
+import gc
 import json
 import subprocess
 import sys
 import time
+import weakref
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -285,6 +287,23 @@ def test_the_speed_of_a_step_and_normalizations_share(tmp_path, monkeypatch, cap
     for row in rows:
         assert 0 < float(row["share"]) < 1 and 0 < float(row["step_p20"]) <= float(row["step_p80"])
         assert 0.9 < float(row["kept"]) / float(rows[0]["kept"]) < 1.1
+
+
+def test_counting_what_autograd_keeps_leaves_no_graph_behind():
+    from bench import memory
+
+    seen = []
+
+    class Network(torch.nn.Linear):
+        def forward(self, x):
+            hidden = torch.sigmoid(super().forward(x))  # whose backward needs it
+            seen.append(weakref.ref(hidden))
+            return 2 * hidden
+
+    x = torch.randn(8, 16)
+    assert memory.kept(Network(16, 16), x) == 8 * 16 * 4
+    gc.collect()
+    assert seen[0]() is None
 
 
 @pytest.mark.parametrize("wrong, complaint", [
