@@ -33,7 +33,7 @@ from sbncore.cuda.driver import Launch
 from sbncore.layout import Layout
 from sbncore.signature import Pointers, Scalars, Signature
 
-SHAPES = [(2, 4, 2, 2), (16, 64, 7, 7), (8, 32, 10, 10)]
+SHAPES = [(2, 4, 2, 2), (16, 64, 7, 7), (8, 32, 10, 10), (2, 2048, 2, 2)]
 NUMPYS = (16, 64, 7, 7)
 GPUS = (32, 64, 56, 56)
 CALLS = 50  # of a contender in a round

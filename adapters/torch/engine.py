@@ -14,7 +14,16 @@ from torch import Tensor
 
 from sbncore import arguments
 from sbncore.adapters.torch.names import named
-from sbncore.adapters.torch.tensors import ELEMENTS, PARAMETER, address, dense, dense_as, empty_like, vector
+from sbncore.adapters.torch.tensors import (
+    ELEMENTS,
+    PARAMETER,
+    address,
+    dense,
+    dense_as,
+    empty_like,
+    raw_stream,
+    vector,
+)
 from sbncore.arguments import SIGNATURES, Arguments, Options
 from sbncore.call import call_for
 from sbncore.layout import Layout
@@ -245,7 +254,7 @@ def repair(
 
 def stream_of(x: Tensor) -> int:
     """Return torch's current stream on a tensor's GPU, 0 on the CPU."""
-    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+    return raw_stream(x.get_device()) if x.is_cuda else 0
 
 
 def _call(x: Tensor, layout: Layout, recipe: Recipe, relu: bool, residual: bool) -> Call | None:

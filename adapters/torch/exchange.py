@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sbncore import arrays, dlpack
-from sbncore.adapters.torch.tensors import ELEMENTS, address
+from sbncore.adapters.torch.tensors import ELEMENTS, address, raw_stream
 from sbncore.views import DeviceMemory, DeviceView
 
 STORAGE = {dtype: arrays.STORAGE[element] for dtype, element in ELEMENTS.items()}
@@ -72,11 +72,7 @@ def _new(size: int, dtype: np.dtype, index: int) -> DeviceView:
     return DeviceView(memory.data_ptr(), (size,), (dtype.itemsize,), dtype, index, memory, MEMORY)
 
 
-def _stream(index: int) -> int:
-    return torch.cuda.current_stream(index).cuda_stream
-
-
-MEMORY = DeviceMemory(_new, _stream)
+MEMORY = DeviceMemory(_new, raw_stream)
 
 
 def register() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def check(
     if running_mean is running_var:
         raise ValueError("running_var: expected memory apart from running_mean's, got the same tensor")
     if not compiling and type(running_mean) in PLAIN and not running_mean.is_meta:
-        _check_apart(vectors, 8 * channels[0])
+        _check_apart(vectors, channels[0])
 
 
 def leaf(layer: Any, input: fx.Proxy, residual: Any) -> Any:
@@ -122,31 +123,43 @@ def _check_rows(layer: Any, count: int, input: Tensor) -> None:
     )
 
 
-def _check_apart(vectors: tuple[Tensor | None, ...], size: int) -> None:
-    """Complain about running statistics that share memory with one another, weight or bias.
-
-    ``size`` is the most bytes that a dense vector has.
-    """
-    *parameters, mean, var = vectors
-    a, b = mean.data_ptr(), var.data_ptr()  # type: ignore[union-attr]
-    near = -size < a - b < size or mean.stride(0) != 1 or var.stride(0) != 1  # type: ignore[union-attr]
-    for parameter in parameters:
-        if parameter is not None:
-            first = parameter.data_ptr()
-            near |= -size < first - a < size or -size < first - b < size or parameter.stride(0) != 1
-    if not near:  # most often
+def _check_apart(vectors: tuple[Tensor | None, ...], C: int) -> None:
+    """Complain about running statistics that share memory with one another, weight or bias."""
+    spans = [None if vector is None else _span(vector, C) for vector in vectors]
+    *parameters, (a, a_end, a_stride), (b, b_end, b_stride) = spans  # type: ignore[misc]
+    apart = (a_end <= b or b_end <= a) and a_stride and b_stride
+    for span in parameters:
+        if span is not None:
+            first, last, _ = span
+            apart = apart and (last <= a or a_end <= first) and (last <= b or b_end <= first)
+    if apart:  # most often
         return
     named = {name: v for name, v in zip(VECTORS, vectors, strict=True) if v is not None}
     for name in VECTORS[2:]:
         if len(named[name]) > 1 and named[name].stride(0) == 0:
             raise ValueError(f"{name}: expected distinct elements, got a tensor that repeats its memory")
     for (name, one), (other, two) in itertools.combinations(named.items(), 2):
-        if other.startswith("running") and not _places(one).isdisjoint(_places(two)):
+        if other.startswith("running") and _collide(two.data_ptr() - one.data_ptr(), _lie(one), _lie(two)):
             raise ValueError(f"{other}: expected memory apart from {name}'s, got a tensor that overlaps it")
 
 
-def _places(vector: Tensor) -> set[int]:
-    """Return the addresses of a vector's elements, in units of two bytes."""
-    stride, size = vector.stride(0) * vector.itemsize, vector.itemsize
-    starts = (vector.data_ptr() + index * stride for index in range(len(vector)))
-    return {byte // 2 for start in starts for byte in range(start, start + size, 2)}
+def _span(vector: Tensor, C: int) -> tuple[int, int, int]:
+    """Return where a vector's memory begins and ends, and its stride."""
+    begin, stride, size = vector.data_ptr(), vector.stride(0), vector.itemsize
+    return begin, begin + (stride * (C - 1) + 1) * size, stride
+
+
+def _lie(vector: Tensor) -> tuple[int, int, int]:
+    """Return a vector's length, and its stride and element in bytes."""
+    size = vector.itemsize
+    return len(vector), vector.stride(0) * size, size
+
+
+@lru_cache(maxsize=4096)
+def _collide(distance: int, one: tuple[int, int, int], two: tuple[int, int, int]) -> bool:
+    """Return whether elements of two vectors overlap, whose memory begins so many bytes apart."""
+    places = [
+        {byte for k in range(length) for byte in range(begin + k * stride, begin + k * stride + size)}
+        for begin, (length, stride, size) in ((0, one), (distance, two))
+    ]
+    return not places[0].isdisjoint(places[1])
