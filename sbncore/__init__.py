@@ -10,6 +10,7 @@ from sbncore.functional import Grads, Saved, backward, forward, moments, normali
 from sbncore.gradients import GradientReport, check_gradients
 from sbncore.noise import white_noise
 from sbncore.plans import Plan, Recipe
+from sbncore.residuals import Residuals
 from sbncore.samplers import (
     BatchSampling,
     FeatureSampling,
@@ -26,9 +27,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Full", "BatchSampling", "FeatureSampling", "NaiveSampling", "VirtualSamples", "Mixture", "Prior",
-    "Sampler", "Plan", "Recipe", "forward", "backward", "Saved", "Grads", "batch_norm", "moments", "merge",
-    "normalize", "repair", "white_noise", "Statistics", "check_gradients", "GradientReport",
-    "fidelity", "Fidelity", "suggest",
+    "Sampler", "Plan", "Recipe", "forward", "backward", "Saved", "Grads", "Residuals",
+    "batch_norm", "moments", "merge", "normalize", "repair", "white_noise", "Statistics",
+    "check_gradients", "GradientReport", "fidelity", "Fidelity", "suggest",
     "get_num_threads", "set_num_threads",
 ]  # fmt: skip
 

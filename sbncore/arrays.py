@@ -88,6 +88,25 @@ def borrow(array: Array, name: str, written: bool = False) -> Any:
     return view
 
 
+def bytes_in(array: Array, name: str) -> Any:
+    """Return a caller's array of bytes as NumPy's or CuPy's, to be read.
+
+    Raises:
+        TypeError: if it is no array, or of another dtype.
+    """
+    if not isinstance(array, np.ndarray):
+        array = exportable(array, name, written=False)
+        xp: Any = np
+        if array.__dlpack_device__()[0] in dlpack.CUDA:
+            from sbncore.cuda.device import cupy
+
+            xp = cupy()
+        array = array if isinstance(array, xp.ndarray) else xp.from_dlpack(array)
+    if array.dtype != np.uint8:
+        raise TypeError(f"{name}: expected dtype uint8, got {array.dtype}")
+    return array
+
+
 def giver(like: Array, view: np.ndarray) -> Callable[[np.ndarray], Array]:
     """Return `give` for results as ``view``, its way found: what is looked up before anything is written."""
     if not isinstance(like, type(view)) and type(like) not in FRAMEWORKS:
@@ -104,7 +123,7 @@ def give(result: Any, like: Array) -> Array:
     result = computable(result)
     if not isinstance(like, type(result)):
         return way_back(like, result.dtype)(result)
-    if result.dtype.kind == "f":
+    if result.dtype.kind == "f" or result.dtype == np.uint8:
         return result
     return result.view(np.float16 if result.dtype == np.int16 else like.dtype)
 

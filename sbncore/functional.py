@@ -101,7 +101,7 @@ def run_forward(
 ) -> tuple[Any, Saved]:
     """`forward` that also moves running statistics, if they are among the arguments."""
     views = borrowed(_with_prior(arguments, prior))
-    plan = _plan(plan, views.x, options)
+    plan = plan_or_full(plan, views.x, options.channel_axis, options.fewest)
     ready = prepared(views, plan, options)
     check_memory(views, options.in_place)
     back = giver(arguments.x, views.x)
@@ -239,7 +239,7 @@ def moments(
     """
     views = borrowed(_with_prior(Arguments(x), prior))
     options = Options(channel_axis=channel_axis, fewest=1)
-    plan = _plan(plan, views.x, options)
+    plan = plan_or_full(plan, views.x, options.channel_axis, options.fewest)
     checks.choice(dtype, "dtype", (None, "float32", "float64"))
     kind = dtype or PARAMETER[element_type(views.x)]
     return public(moments_of(views, plan, options, prior), kind, x)
@@ -298,11 +298,11 @@ def _with_prior(arguments: Arguments, prior: Any) -> Arguments:
     return arguments._replace(prior_mean=prior.mean, prior_var=prior.var)
 
 
-def _plan(plan: Any, x: np.ndarray, options: Options) -> Plan:
+def plan_or_full(plan: Any, x: np.ndarray, channel_axis: int, fewest: int) -> Plan:
     """Return the plan, by default everything; x has been looked at no further than its type."""
     if plan is None:
-        checks.rank(x, options.channel_axis)
-        return Full().plan(x.shape, channel_axis=options.channel_axis, fewest=options.fewest)
+        checks.rank(x, channel_axis)
+        return Full().plan(x.shape, channel_axis=channel_axis, fewest=fewest)
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: expected a Plan (sampler.plan(x.shape)), got {type(plan).__name__}")
     return plan

@@ -294,3 +294,7 @@ def _amount(sampler: BatchSampling | FeatureSampling | NaiveSampling, total: int
             f"{type(sampler).__name__}: expected a count of at most the {total} {what}, got {sampler.amount}"
         )
     return int(sampler.amount)
+
+
+# The converters'; the floor since deep layers' maps are small, and cost accuracy where sampled thinly.
+DEFAULT = FeatureSampling(1 / 16, "runs", at_least=1024)

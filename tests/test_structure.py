@@ -25,6 +25,7 @@ LONG = {
     "sbncore.functional.normalize": PUBLIC,
     "sbncore.gradients.check_gradients": PUBLIC,
     "sbncore.training.batch_norm": PUBLIC,
+    "sbncore.adapters.jax.batch_norm": PUBLIC,
     "sbncore.adapters.torch.convert.convert_sampled_batchnorm": PUBLIC,
     "sbncore.adapters.numpy.SampledBatchNorm.__init__": LAYER,
     "sbncore.adapters.torch.layers.SampledBatchNorm.__init__": LAYER,
@@ -39,7 +40,7 @@ LONG = {
 # What an adapter may import of the package, beside its public names: the way to a Call, and values.
 DOORS = {
     "arguments", "arrays", "call", "checks", "dlpack", "drawing", "estimates", "hashing", "layout", "noise",
-    "plans", "saved", "signature", "statistics", "views",
+    "plans", "residuals", "samplers", "saved", "signature", "statistics", "views",
 }  # fmt: skip
 CUPY = "sbncore.cuda.device"  # whose `cupy` says what is missing, where CuPy is
 
@@ -48,7 +49,10 @@ BELOW = {
     "arrays", "checks", "drawing", "hashing", "interchange", "layout", "noise", "plans",
     "statistics", "views",
 }  # fmt: skip
-ABOVE = {"arguments", "call", "estimates", "functional", "gradients", "run", "saved", "signature", "training"}
+ABOVE = {
+    "arguments", "call", "estimates", "functional", "gradients", "residuals", "run", "saved", "signature",
+    "training",
+}  # fmt: skip
 ENGINES = {
     "call": {"cpu.call", "cpu.engine", "cuda.call"},
     "arrays": {"cuda", "cuda.device"},

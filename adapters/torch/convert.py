@@ -21,6 +21,7 @@ from sbncore.adapters.torch.layers import (
     SampledBatchNorm3d,
 )
 from sbncore.adapters.torch.virtual import VirtualBatch
+from sbncore.samplers import DEFAULT
 
 PAIRS: dict[type[_BatchNorm], type[SampledBatchNorm]] = {
     nn.BatchNorm1d: SampledBatchNorm1d,
@@ -28,8 +29,6 @@ PAIRS: dict[type[_BatchNorm], type[SampledBatchNorm]] = {
     nn.BatchNorm3d: SampledBatchNorm3d,
     nn.SyncBatchNorm: SampledBatchNorm,
 }
-# a floor of 1,024 values a channel: deep layers' maps are small, and cost accuracy where sampled thinly
-DEFAULT = sbn.FeatureSampling(1 / 16, "runs", at_least=1024)
 Skip = Collection[str] | Callable[[str, nn.Module], bool]
 
 
