@@ -1,9 +1,10 @@
-# make demo | test | bench | docs | lint | wheel | clean   (make test TORCH=: without PyTorch)
+# make demo | test | test-frameworks | bench | docs | lint | wheel | clean   (make test TORCH=: without PyTorch)
 # make gpu, on a machine with a GPU: its tests and its benchmark, by a Python that has what docs/gpu.md lists
 # Everything runs in .venv, made on first use: PYTHON picks the interpreter, ARGS goes to the command.
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
+JAX    ?= jax==0.10.2 flax==0.12.8
 ARGS   ?=
 # A test that takes longer hangs: its threads are shown and the run ends.
 LIMIT  ?= -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
@@ -17,13 +18,19 @@ PIP  := $(PY) -m pip --disable-pip-version-check
 unexport PYTHONPATH PYTHONHOME
 .NOTPARALLEL:
 
-.PHONY: demo test gpu bench docs lint wheel clean
+.PHONY: demo test test-frameworks gpu bench docs lint wheel clean
 
 demo: $(VENV)/bench.stamp
 	$(PY) -m bench.demo $(ARGS)
 
 test: lint $(if $(TORCH),$(VENV)/torch.stamp)
 	$(PY) -m pytest $(LIMIT) $(ARGS)
+
+# With JAX and Flax, which make test skips; before a release.
+test-frameworks: lint $(VENV)/torch.stamp
+	$(PIP) install --quiet $(JAX)
+	$(PY) -m pytest $(LIMIT) tests/test_jax.py tests/test_flax.py tests/test_residuals.py tests/test_interchange.py \
+	  tests/test_readme.py tests/test_examples.py tests/test_bench_cpu.py $(ARGS)
 
 # In stages, each with its result, going on after one that fails; about ten minutes.
 gpu:

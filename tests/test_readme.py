@@ -38,12 +38,21 @@ def test_numpys_examples_run(rng):
     exec(gradients, names)
 
 
-def test_jaxs_example_runs():
+def test_jaxs_examples_run():
     jax = pytest.importorskip("jax")
     *_, jaxs = examples(README)
     names = {}
     exec(jaxs, names)
-    assert isinstance(names["y"], jax.Array) and isinstance(names["grads"].x, jax.Array)
+    assert isinstance(names["y"], jax.Array) and names["gradient"].shape == (8,)
+    function, flax, residuals = examples(DOCS / "jax.md")
+    names = {}
+    exec(function, names)
+    assert names["gradient"].shape == (64,) and names["mean"].any()
+    exec(residuals, names)
+    assert np.array_equal(names["grads"].x, sbn.backward(np.ones_like(names["y"]), names["saved"]).x)
+    pytest.importorskip("flax")
+    exec(flax, names)
+    assert type(names["model"].bn) is type(names["layer"])
 
 
 def test_pytorchs_examples_run():
