@@ -1,4 +1,4 @@
-"""The contenders of a layer: ours, a copy of the same bytes, and full BN in NumPy, PyTorch and JAX."""
+"""The contenders of a layer: ours, a copy of the same bytes, full BN in NumPy and PyTorch."""
 
 from __future__ import annotations
 
@@ -259,49 +259,6 @@ class Compiled(Torch):
         super().__init__(data, repeated)
         torch._dynamo.reset()  # else the ninth case, and every one after it, would run eagerly
         self.layer = torch.compile(self.normalized, fullgraph=True, dynamic=False)
-
-
-class Jax(Contender):
-    """JAX: the formulas jitted, and the backward by its own derivative; on all cores, whatever --threads.
-
-    The backward recomputes what its forward does not keep: a vjp's two halves cannot be jitted apart.
-    """
-
-    name, needs = "JAX", "jax"
-
-    def __init__(self, data: Data, repeated: bool = False) -> None:
-        import jax
-        import jax.numpy as jnp
-
-        super().__init__(data, repeated)
-        axes, along = ((0, 2), (1, -1, 1)) if data.case.layout == "first" else ((0,), (1, -1))
-        x, dy, _, _, residual = (None if array is None else data.memory(array) for array in data.sets[0])
-        self.inputs = [jnp.asarray(a) for a in (x, data.weight, data.bias, residual) if a is not None]
-        self.dy, self.wait = jnp.asarray(dy), jax.block_until_ready
-
-        def normalized(x: Any, weight: Any, bias: Any, residual: Any = None) -> Any:
-            wide = x.astype(weight.dtype)
-            mean = wide.mean(axes, keepdims=True)
-            var = jnp.square(wide - mean).mean(axes, keepdims=True)
-            scale = weight.reshape(along) * jax.lax.rsqrt(var + EPS)
-            z = ((wide - mean) * scale + bias.reshape(along)).astype(x.dtype)
-            z = z if residual is None else z + residual
-            return jnp.maximum(z, 0) if data.case.relu else z
-
-        self.layer = jax.jit(normalized)
-        self.gradients = jax.jit(lambda inputs, dy: jax.vjp(normalized, *inputs)[1](dy))
-
-    def run(self, k: int) -> tuple[Any, Any]:
-        return self.wait(self.layer(*self.inputs)), None
-
-    def differentiate(self, k: int) -> Sequence[Any]:
-        return self.wait(self.gradients(self.inputs, self.dy))  # type: ignore[no-any-return]
-
-    def results(self) -> dict[str, Any]:
-        return {name: self.data.shaped(np.asarray(a)) for name, a in super().results().items()}
-
-
-PEERS: dict[str, type[Contender]] = {"numpy": NumPy, "torch": Torch, "compile": Compiled, "jax": Jax}
 
 
 def _maps(array: Any) -> Any:

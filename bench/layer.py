@@ -29,10 +29,11 @@ from tqdm import tqdm
 import sbncore as sbn
 from bench import cuda, report, tables, timing
 from bench.cases import Case, Data, WrongResult, verify
-from bench.contenders import PEERS, Contender, Ours, copier
+from bench.contenders import Contender, Ours, copier
 from bench.goals import gpu_goals
 from bench.layer_options import GPU_DTYPES, parsed
 from bench.machine import machine, set_threads
+from bench.peers import PEERS
 
 # Measured first: on them the goals stand. Of 103, 411, 206, 51, 33.5, 26 and twice 13 MB in half precision.
 FOREMOST = {

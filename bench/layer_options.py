@@ -10,8 +10,8 @@ from pathlib import Path
 
 import sbncore as sbn
 from bench.cases import ITEMSIZE, SAMPLED
-from bench.contenders import PEERS
 from bench.options import integer, parser
+from bench.peers import PEERS
 from bench.report import installed
 
 # Of ResNet-18 and ResNet-50 at batch 32, and a layer in 1-D and one in 3-D.
@@ -41,7 +41,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     add(
         "--against",
         type=_against,
-        metavar="numpy,torch,compile,jax,copy",
+        metavar="numpy,torch,compile,jax,jax-sampled,copy",
         help="peers; copy is always one; default: numpy, and torch if it is installed",
     )
     add(

@@ -10,7 +10,7 @@ if not (Path(__file__).parents[1] / "bench").is_dir():
     pytest.skip("no bench beside the tests", allow_module_level=True)
 
 import sbncore as sbn
-from bench import contenders, layer, targets, timing
+from bench import layer, peers, targets, timing
 from bench.cases import Case, Data, verify
 
 
@@ -20,15 +20,15 @@ def _malloc_as_it_is(monkeypatch):
 
 
 @pytest.mark.parametrize("layout", ["first", "last"])
-@pytest.mark.parametrize("name", ["numpy", "torch", "jax"])
+@pytest.mark.parametrize("name", ["numpy", "torch", "jax", "jax-sampled"])
 def test_peers_are_right(name, layout):
-    pytest.importorskip(contenders.PEERS[name].needs)
-    verify(contenders.PEERS[name](Data(Case((6, 5, 4, 7), layout, "float32", True, True))))
+    pytest.importorskip(peers.PEERS[name].needs)
+    verify(peers.PEERS[name](Data(Case((6, 5, 4, 7), layout, "float32", True, True))))
 
 
 def test_what_is_timed_against_is_known_and_installed(capsys):
     for wanted, complaint in (
-        ("torch,cuda", "expected some of numpy, torch, compile, jax, copy, got 'cuda'"),
+        ("torch,cuda", "expected some of numpy, torch, compile, jax, jax-sampled, copy, got 'cuda'"),
         ("jax", "--against jax needs the package jax, which is not installed"),
     ):
         if wanted == "jax" and importlib.util.find_spec("jax") is not None:
