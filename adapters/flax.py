@@ -10,7 +10,7 @@ try:
     from flax import nnx
 except ImportError as missing:
     raise ImportError(
-        f"sbncore.adapters.flax needs Flax ({missing}): pip install 'sbncore[jax]' flax"
+        f"sbncore.adapters.flax needs Flax ({missing}): pip install 'sbncore[flax]'"
     ) from missing
 
 import sbncore as sbn

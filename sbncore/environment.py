@@ -17,10 +17,15 @@ from sbncore.samplers import FeatureSampling
 
 PACKAGES = {
     "sbncore": "sbncore", "NumPy": "numpy", "Numba": "numba", "llvmlite": "llvmlite", "PyTorch": "torch",
-    "JAX": "jax", "CuPy": "cupy",
+    "JAX": "jax", "Flax": "flax", "CuPy": "cupy",
 }  # fmt: skip
 WHEELS = "cupy-cuda12x", "cupy-cuda13x"  # whose module is cupy
-ADAPTERS = {"torch": "torch", "cupy": "cuda13"}  # the extra that brings what is missing
+ADAPTERS = {
+    "torch": "torch",
+    "jax": "jax",
+    "flax": "flax",
+    "cupy": "cuda13",
+}  # the extra that brings what is missing
 TOLERANCE = {"float64": 1e-11, "float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
 SHAPE = (8, 5, 6, 16)
 

@@ -62,7 +62,8 @@ def test_channels_last_data_without_channel_axis_is_hinted_at():
         sbn.forward(x, np.ones(5, np.float32))
 
 
-def test_without_pytorch_the_adapter_says_what_to_install():
-    code = "import sys; sys.modules['torch'] = None; import sbncore.adapters.torch"
+@pytest.mark.parametrize("name", ["torch", "jax", "flax"])
+def test_without_its_framework_an_adapter_says_what_to_install(name):
+    code = f"import sys; sys.modules['{name}'] = None; import sbncore.adapters.{name}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 1 and "pip install 'sbncore[torch]'" in done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and f"pip install 'sbncore[{name}]'" in done.stderr.splitlines()[-1]

@@ -6,6 +6,7 @@ Needs CuPy, NumPy and pytest; PyTorch for bfloat16 and what concerns its tensors
 import ctypes
 import importlib.util
 import itertools
+import re
 import shutil
 import subprocess
 import sys
@@ -383,3 +384,21 @@ def test_a_pytorch_training_step_peaks_below_torchs():
         peaks[name] = memory.peak(step)
         x.grad = None
     assert peaks["ours"] < peaks["theirs"]
+
+
+def test_the_documented_training_step_is_captured_and_replayed(rng):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("torchvision")
+    text = (Path(__file__).parents[1] / "docs" / "gpu.md").read_text(encoding="utf-8")
+    _, step = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names = {}
+    exec(step.replace("128, 3, 224, 224", "8, 3, 64, 64").replace("zeros(128", "zeros(8"), names)
+    x, labels = names["x"], names["labels"]
+    x.copy_(torch.from_numpy(rng.normal(size=(8, 3, 64, 64))))
+    labels.copy_(torch.arange(8))
+    losses = []
+    for _ in range(3):
+        names["graph"].replay()
+        losses.append(names["loss"].item())
+    assert all(np.isfinite(losses)) and len(set(losses)) == 3  # it trains, on the images that were copied
+    assert names["model"].bn1.num_batches_tracked == 3 + 3
