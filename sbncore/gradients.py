@@ -1,23 +1,22 @@
-"""Numerical gradient checking of any forward/backward pair of functions on float64 arrays."""
+"""Numerical gradient checking of any forward/backward pair of functions on arrays of any framework."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import ceil, inf, isfinite, log2, prod, sqrt
-from typing import NamedTuple
+from math import ceil, inf, isfinite, log2, sqrt
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sbncore.drawing import integer
+from sbncore.gradient_functions import Array, Function, gradients_of, inputs_of
 
 __all__ = ["Discrepancy", "GradientReport", "check_gradients"]
 
-Array = NDArray[np.float64]
-
-_ROUND_OFF = 32 * float(np.finfo(np.float64).eps)
+_ROUND_OFF = 32  # units in the last place
+DEFAULTS = {"float64": (1e-6, 1e-8, 1e-3), "float32": (2e-3, 1e-4, 0.03)}  # rtol, atol, step
 
 
 @dataclass(frozen=True)
@@ -69,15 +68,15 @@ class GradientReport:
 def check_gradients(
     forward: Callable[..., object],
     backward: Callable[..., object],
-    inputs: Sequence[Array] | Mapping[str, Array],
+    inputs: Sequence[Any] | Mapping[str, Any],
     *,
     names: Sequence[str] | None = None,
     outputs: int | None = None,
     directions: int = 8,
     elementwise: int = 2000,
-    rtol: float = 1e-6,
-    atol: float = 1e-8,
-    step: float = 1e-3,
+    rtol: float | None = None,
+    atol: float | None = None,
+    step: float | None = None,
     seed: int = 0,
 ) -> GradientReport:
     """Compare the gradients that ``backward`` returns with numerical derivatives of ``forward``.
@@ -97,28 +96,34 @@ def check_gradients(
     gradient. Keep the inputs away from kinks, such as a ReLU's 0, and the functions repeatable.
     No array of the caller's is changed. The cost is about 4 forward calls a check.
 
+    Arrays are NumPy's, or another framework's on the CPU that speak DLPack, such as PyTorch's and JAX's;
+    forward and backward get each of its own type. Check in float64 where the functions can; in float32, where
+    ε is 1.2e-7, an error of some thousandths is in their rounding.
+
     Arguments:
-        forward: called with one array per input, returns ``y`` or ``(y, saved)``; y is float64. Of
-            several outputs it returns ``(y1, y2, ...)`` or ``(y1, y2, ..., saved)``.
+        forward: called with one array per input, returns ``y`` or ``(y, saved)``; y is float64, or float32
+            if an input is. Of several outputs it returns ``(y1, y2, ...)`` or ``(y1, y2, ..., saved)``.
         backward: called with ``(dy)`` or ``(dy, saved)``, or with ``(dy1, dy2, ...)`` and so on, returns the
             gradients in the inputs' order, or by name as a mapping or as attributes; one that is None is
             not checked.
-        inputs: float64 arrays of any shape, in order or by name.
+        inputs: float64 or float32 arrays of any shape, in order or by name.
         names: the inputs' names, where ``inputs`` is a sequence.
         outputs: how many arrays forward returns before ``saved``; by default one, unless what follows it
             looks like another, which is then asked for.
         directions: number of random directions per input, 0 for none.
         elementwise: largest size that is checked element by element, 0 for directions only.
-        rtol, atol: the tolerances of the formula.
+        rtol, atol: the tolerances of the formula; 1e-6 and 1e-8, with a float32 input 2e-3 and 1e-4.
         step: h in units of the input's standard deviation (of its magnitude, if constant), times the fifth
             root of max|x| in that unit: it balances the formula's error, h⁴, and the resolution of x, 1/h.
+            1e-3, with a float32 input 0.03.
         seed: of dy and v; the report is a function of the arguments alone.
 
     Returns:
         The report: true when all passed, printable, with ``raise_if_failed()``.
 
     Raises:
-        TypeError: an array that is not float64, a result of an unknown form, or a count that is no integer.
+        TypeError: an array of another dtype or device, a result of an unknown form, or a count that is no
+            integer.
         ValueError: no inputs, a wrong shape, values that are not finite, or a bad option.
     """
     counts = {"directions": directions, "elementwise": elementwise}
@@ -126,20 +131,24 @@ def check_gradients(
         integer(option, count)
     if outputs is not None and outputs < 1:
         raise ValueError(f"outputs must be 1 or more, got {outputs}")
+    if directions == elementwise == 0:
+        raise ValueError("directions and elementwise are both 0: nothing to check")
+    function = Function(forward, outputs, inputs_of(inputs, names))
+    rtol, atol, step = (
+        default if given is None else given
+        for given, default in zip((rtol, atol, step), DEFAULTS[function.precision], strict=True)
+    )
     options = {**counts, "atol": atol}
     for option, number in (options | {"rtol": rtol, "step": step}).items():
         if not 0 <= number < inf or (number == 0 and option in ("rtol", "step")):
             raise ValueError(f"{option} must be positive and finite, got {number}")
-    if directions == elementwise == 0:
-        raise ValueError("directions and elementwise are both 0: nothing to check")
-    arrays = _inputs(inputs, names)
+    arrays = function.arrays
     rng = np.random.default_rng([seed, 0x67726164])  # lest dy equal an input drawn from the seed
-    function = _Function(forward, outputs)
     y, saved = function(arrays)
     if y.size == 0 or not np.isfinite(y).all():
         raise ValueError("forward's y is empty or not finite everywhere")
     dy = rng.standard_normal(y.size)
-    grads = _gradients(backward(*function.split(dy.copy()), *saved), arrays)
+    grads = gradients_of(backward(*function.split(dy), *saved), function)
     checks, failed, by_input = 0, 0, list[Discrepancy]()
     for name, grad in grads.items():
         cuts = np.linspace(0, grad.size, ceil(sqrt(grad.size)) + 1).astype(int).tolist()
@@ -148,55 +157,13 @@ def check_gradients(
         probes = [_Probe(a, _direction(rng, b - a), d) for d, (a, b) in enumerate(spans)]
         if grad.size <= elementwise:
             probes += [_Probe(i, np.ones(1), None) for i in range(grad.size)]
-        checker = _Checker(function, arrays, name, grad, y, dy, _step(arrays[name], step), rtol, atol)
+        h = _step(arrays[name], step, float(np.finfo(function.precision).eps))
+        checker = _Checker(function, arrays, name, grad, y, dy, h, rtol, atol)
         worst, failures = checker.judge(probes)
         checks, failed = checks + len(probes), failed + failures
         by_input.append(worst)
     worst = max(by_input, key=lambda d: (d.excess > 1 and d.index is not None, d.excess))
     return GradientReport(failed == 0, worst, checks, failed, tuple(by_input))
-
-
-class _Function:
-    """forward as a function of all inputs to one flat array, the outputs one after another."""
-
-    def __init__(self, forward: Callable[..., object], outputs: int | None) -> None:
-        self.forward, self.outputs = forward, outputs
-        self.shapes: list[tuple[int, ...]] = []
-
-    def __call__(self, arrays: dict[str, Array]) -> tuple[Array, list[object]]:
-        """Return y and a list of what forward saved, empty if it returned nothing more."""
-        handed = [x.copy(order="K") for x in arrays.values()]
-        result = self.forward(*handed)
-        values = list(result) if isinstance(result, tuple) else [result]
-        count = self.outputs or 1
-        if not count <= len(values) <= count + 1:
-            form = "y or (y, saved)" if count == 1 else f"{count} outputs, or those and saved"
-            raise TypeError(f"forward must return {form}, got {len(values)} values; outputs says how many")
-        ys, saved = values[:count], values[count:]
-        if self.outputs is None and any(_looks_like_an_output(each, [*handed, *ys]) for each in saved):
-            raise TypeError(
-                "forward returned two float64 arrays: pass outputs=2 if both are outputs, outputs=1 if the "
-                "second is what backward needs"
-            )
-        arrays_of = [_float64("forward's y", y) for y in ys]
-        shapes = [y.shape for y in arrays_of]
-        self.shapes = self.shapes or shapes
-        for before, shape in zip(self.shapes, shapes, strict=True):
-            if shape != before:
-                raise ValueError(f"forward's y has shape {before}, then {shape}")
-        return np.concatenate([y.ravel() for y in arrays_of]), saved
-
-    def split(self, flat: Array) -> list[Array]:
-        """Return the parts of a flat array that belong to each output, in its shape."""
-        sizes = [prod(shape) for shape in self.shapes]
-        parts = np.split(flat, np.cumsum(sizes)[:-1])
-        return [part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True)]
-
-
-def _looks_like_an_output(value: object, others: list[object]) -> bool:
-    """Whether it is an array as outputs are, and neither an input nor the output that stands before it."""
-    is_array = isinstance(value, np.ndarray) and value.dtype == np.float64
-    return is_array and not any(value is other for other in others)
 
 
 class _Probe(NamedTuple):
@@ -213,18 +180,18 @@ def _direction(rng: np.random.Generator, size: int) -> Array:
     return v
 
 
-def _step(x: Array, step: float) -> float:
+def _step(x: Array, step: float, eps: float) -> float:
     """Return a power of 2 near `check_gradients`' h."""
     peak = float(np.abs(x).max()) or 1.0
     spread = float(np.std(x / peak))
-    spread = spread if spread > 64 * float(np.finfo(np.float64).eps) else 1.0
+    spread = spread if spread > 64 * eps else 1.0
     return float(2.0 ** round(log2(step * peak * spread ** (4 / 5))))
 
 
 class _Checker(NamedTuple):
     """The comparisons for the input ``name``."""
 
-    function: _Function
+    function: Function
     arrays: dict[str, Array]
     name: str
     grad: Array
@@ -268,7 +235,7 @@ class _Checker(NamedTuple):
         allowed += self.atol * float(np.linalg.norm(probe.v) * np.abs(self.grad).max())
         noise = float(np.linalg.norm(self.dy * self.y))
         noise += float(np.linalg.norm(self.grad * self.arrays[self.name]))
-        noise *= _ROUND_OFF
+        noise *= _ROUND_OFF * float(np.finfo(self.function.precision).eps)
         h, steady, hint = self.h, False, ""
         first, bend = numerical, _ = self.slopes(probe, h)
         while not (gap := abs(analytic - numerical)) <= (tolerance := allowed + noise / h):
@@ -291,54 +258,3 @@ class _Checker(NamedTuple):
         if probe.number is None:
             index = tuple(int(i) for i in np.unravel_index(probe.start, self.grad.shape))
         return Discrepancy(self.name, index, probe.number, analytic, numerical, error, excess, hint)
-
-
-def _inputs(inputs: Sequence[Array] | Mapping[str, Array], names: Sequence[str] | None) -> dict[str, Array]:
-    if isinstance(inputs, Mapping):
-        names, inputs = list(inputs) if names is None else names, list(inputs.values())
-    if isinstance(inputs, np.ndarray):
-        raise TypeError("inputs must be a sequence or a mapping of arrays, got one array")
-    if len(inputs) == 0:
-        raise ValueError("inputs is empty: nothing to check")
-    labels = names or [f"inputs[{i}]" for i in range(len(inputs))]
-    if not len(labels) == len(set(labels)) == len(inputs):
-        raise ValueError(f"{len(inputs)} inputs need a name each, got {labels}")
-    return {label: _finite(label, x) for label, x in zip(labels, inputs, strict=True)}
-
-
-def _gradients(result: object, arrays: dict[str, Array]) -> dict[str, Array]:
-    """Return by name the gradients that are not None."""
-    values: list[object] = [result]
-    if isinstance(result, Mapping):
-        values = [result[name] for name in arrays if name in result]
-    elif type(result) not in (list, tuple) and all(hasattr(result, name) for name in arrays):
-        values = [getattr(result, name) for name in arrays]
-    elif isinstance(result, (list, tuple)):
-        values = [*result]
-    if len(values) != len(arrays):
-        came = f"{len(values)} (in {type(result).__name__})"
-        came += f", under the names {[*result]}" if isinstance(result, Mapping) else ""
-        raise ValueError(f"backward must return a gradient for each of {[*arrays]}, got {came}")
-    pairs = zip(arrays, values, strict=True)
-    grads = {name: _finite(f"the gradient of {name}", g) for name, g in pairs if g is not None}
-    for name, grad in grads.items():
-        if grad.shape != (shape := arrays[name].shape):
-            raise ValueError(f"the gradient of {name} has shape {grad.shape}, {name} has {shape}")
-    if not grads:
-        raise ValueError("backward returned None for every input: nothing to check")
-    return grads
-
-
-def _float64(what: str, value: object) -> Array:
-    array: Array = np.array(value, order="K")  # a copy: the caller may use the buffer again
-    if array.dtype != np.float64:
-        came = f"{array.dtype} ({type(value).__name__})"
-        raise TypeError(f"{what} must be a float64 array, got {came}")
-    return array
-
-
-def _finite(what: str, value: object) -> Array:
-    array = _float64(what, value)
-    if array.size == 0 or not np.isfinite(array).all():
-        raise ValueError(f"{what} is empty or not finite everywhere")
-    return array

@@ -177,6 +177,11 @@ def test_the_gpu_path_imports_no_numba():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_gradients_are_checked_on_the_cpu(cupy):
+    with pytest.raises(TypeError, match="x must be on the CPU"):
+        sbn.check_gradients(lambda x: x, lambda dy: dy, {"x": cupy.ones(3, "float32")})
+
+
 def test_the_documented_example_runs(cupy, monkeypatch):
     text = (Path(__file__).parents[1] / "docs" / "gpu.md").read_text(encoding="utf-8")
     example, _ = re.findall(r"```python\n(.*?)```", text, re.DOTALL)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import sbncore as sbn
 from sbncore.gradients import Discrepancy, GradientReport, check_gradients
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -490,7 +491,7 @@ def test_as_many_outputs_as_there_are(outputs: int) -> None:
         (None, None, [], ValueError, "inputs is empty"),
         (None, None, {}, ValueError, "inputs is empty"),
         (None, None, X, TypeError, "inputs must be a sequence or a mapping of arrays"),
-        (None, None, {"w": X.astype("f4")}, TypeError, "w must be a float64 array, got float32"),
+        (None, None, {"w": X.astype("f2")}, TypeError, "w must be a float64 or float32 array, got float16"),
         (None, None, [X, X.astype(int)], TypeError, r"inputs\[1\] must .* got int64"),
         (None, None, {"w": None}, TypeError, r"w must .* got object \(NoneType\)"),
         (None, None, {"w": np.ones((0, 3))}, ValueError, "w is empty or not finite"),
@@ -521,3 +522,63 @@ def test_bad_arguments(
 ) -> None:
     with pytest.raises(error, match=message):
         check_gradients(forward or SINE[0], backward or SINE[1], inputs)
+
+
+def arrays_of(framework: str, dtype: str, *shapes: tuple[int, ...]) -> list[Any]:
+    rng = np.random.default_rng(3)
+    values = [rng.normal(size=shape).astype(dtype) for shape in shapes]
+    if framework == "numpy":
+        return list(values)
+    module = pytest.importorskip(framework)
+    make = module.from_numpy if framework == "torch" else module.numpy.asarray
+    return [make(each) for each in values]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("framework", ["numpy", "torch", "jax"])
+def test_arrays_of_every_framework_are_handed_over_as_they_came(framework: str, dtype: str) -> None:
+    if (framework, dtype) == ("jax", "float64"):
+        pytest.skip("JAX has float64 where it is told to")
+    x, weight, bias = arrays_of(framework, dtype, (6, 4, 5), (4,), (4,))
+    plan = sbn.FeatureSampling(1 / 3).plan((6, 4, 5))
+
+    def forward(*arrays: Any) -> Any:
+        assert all(type(each) is type(x) and each.dtype == x.dtype for each in arrays)
+        return sbn.forward(*arrays, plan=plan)
+
+    def backward(dy: Any, saved: Any) -> Any:
+        assert type(dy) is type(x) and dy.dtype == x.dtype
+        return sbn.backward(dy, saved)
+
+    def wrong(dy: Any, saved: Any) -> Any:
+        return sbn.backward(dy, saved)._replace(weight=sbn.backward(dy, saved).weight * 1.02)
+
+    inputs = {"x": x, "weight": weight, "bias": bias}
+    report = sbn.check_gradients(forward, backward, inputs)
+    assert report, str(report)
+    report = sbn.check_gradients(forward, wrong, inputs)
+    assert not report and report.worst.name == "weight" and report.worst.error == pytest.approx(0.02, rel=0.2)
+
+
+def test_the_gradients_of_autograd_itself() -> None:
+    torch = pytest.importorskip("torch")
+
+    def forward(x: Any) -> Any:
+        x = x.requires_grad_()
+        return torch.tanh(x) ** 2, x
+
+    def backward(dy: Any, x: Any) -> Any:
+        return torch.autograd.grad(torch.tanh(x) ** 2, x, dy)
+
+    assert sbn.check_gradients(forward, backward, [torch.linspace(-1, 2, 7, dtype=torch.float64)])
+    assert sbn.check_gradients(forward, backward, [torch.linspace(-1, 2, 7)])
+
+
+def test_results_of_a_lower_precision_than_the_inputs_are_refused() -> None:
+    (x,) = arrays_of("torch", "float64", (3, 4))
+    with pytest.raises(TypeError, match=r"forward's y must be a float64 array, got float32 \(Tensor\)"):
+        sbn.check_gradients(lambda x: x.float(), lambda dy: dy, [x])
+    with pytest.raises(TypeError, match=r"the gradient of .* must be a float64 array, got float32"):
+        sbn.check_gradients(lambda x: 2 * x, lambda dy: 2 * dy.float(), [x])
+    with pytest.raises(TypeError, match=r"must be a float64 or float32 array: .* got int64"):
+        sbn.check_gradients(lambda x: x, lambda dy: dy, [x.long()])
