@@ -79,7 +79,8 @@ class SampledBatchNorm(nnx.BatchNorm):
                 )
         for name, value in options.items():
             setattr(self, name, value)
-        self.step = Step(jnp.zeros((), jnp.int32))
+        stacked = self.mean[...].shape[:-1]  # of layers that nnx.vmap or nnx.scan runs over
+        self.step = Step(jnp.zeros(stacked, jnp.int32))
 
     def __call__(
         self, x: Any, use_running_average: bool | None = None, *, mask: Any = None, residual: Any = None

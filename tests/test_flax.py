@@ -114,6 +114,21 @@ def test_by_path_and_what_is_left():
     assert model.blocks[1].bn.sampler == SAMPLER and model.blocks[1].bn.layer == 1
 
 
+@pytest.mark.parametrize("transform", [nnx.vmap, nnx.scan])
+def test_stacked_layers_are_converted_too(rng, transform):
+    make = nnx.vmap(lambda rngs: nnx.BatchNorm(3, rngs=rngs), in_axes=0, out_axes=0)
+    layers = make(nnx.Rngs(0).split(2))
+    assert convert_sampled_batchnorm(layers, SAMPLER).step[...].shape == (2,)
+    x = jnp.asarray(rng.normal(size=(16, 6, 6, 3)), "float32")
+    if transform is nnx.scan:
+        run = nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        assert run(x, layers).shape == x.shape
+    else:
+        ys = nnx.vmap(lambda layer, x: layer(x), in_axes=(0, None))(layers, x)
+        assert jnp.array_equal(ys[0], SampledBatchNorm(3, sampler=SAMPLER, rngs=nnx.Rngs(0))(x))
+    assert layers.step[...].tolist() == [1, 1]
+
+
 @pytest.mark.parametrize("arguments, error, complaint", [
     ((1 / 16,), TypeError, "sampler: expected a Sampler, got float"),
     (({"bn": SAMPLER},), ValueError, "sampler: expected paths among"),
