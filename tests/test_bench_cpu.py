@@ -3,6 +3,7 @@
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tables import unpadded
 
@@ -24,6 +25,15 @@ def _malloc_as_it_is(monkeypatch):
 def test_peers_are_right(name, layout):
     pytest.importorskip(peers.PEERS[name].needs)
     verify(peers.PEERS[name](Data(Case((6, 5, 4, 7), layout, "float32", True, True))))
+
+
+def test_a_peer_that_copies_differentiates_what_the_check_has_left():
+    pytest.importorskip("jax")
+    one = peers.Jax(Data(Case((6, 5, 4, 7), "last", "float32", True)))
+    one.forward()
+    one.data.sets[0].dy[...] = 0
+    one.backward()
+    assert not any(np.asarray(each).any() for each in one.grads)
 
 
 def test_what_is_timed_against_is_known_and_installed(capsys):
