@@ -25,7 +25,7 @@ LONG = {
     "sbncore.functional.normalize": PUBLIC,
     "sbncore.gradients.check_gradients": PUBLIC,
     "sbncore.training.batch_norm": PUBLIC,
-    "sbncore.adapters.jax.batch_norm": PUBLIC,
+    "sbncore.adapters.jax.function.batch_norm": PUBLIC,
     "sbncore.adapters.torch.convert.convert_sampled_batchnorm": PUBLIC,
     "sbncore.adapters.numpy.SampledBatchNorm.__init__": LAYER,
     "sbncore.adapters.torch.layers.SampledBatchNorm.__init__": LAYER,
