@@ -33,8 +33,8 @@ class SampledBatchNorm(nnx.BatchNorm):
     the old statistics, as Flax's does. The running variance is unbiased, which Flax's is not.
 
     Args:
-        num_features and all that nnx.BatchNorm takes: as there; axis is one axis, axis_name and
-            axis_index_groups must be None, use_fast_variance is not used.
+        num_features and all that nnx.BatchNorm takes: as there; axis is one axis, axis_index_groups
+            must be None, use_fast_variance is not used.
         sampler, gradient, activation: as `sbncore.batch_norm`.
         seed, layer: integers that name the draws. Layers of one model should differ in ``layer``
             (`convert_sampled_batchnorm` numbers them). The step is the variable ``step``.
@@ -71,12 +71,11 @@ class SampledBatchNorm(nnx.BatchNorm):
         for name, rule in RULES.items():
             options[name] = rule(options[name])
         checks.gradient_for(options["gradient"], options["sampler"])
-        for name in ("axis_name", "axis_index_groups"):
-            if getattr(self, name) is not None:
-                raise ValueError(
-                    f"{name}: expected None, since each device has statistics of its own, got "
-                    f"{getattr(self, name)!r}"
-                )
+        if self.axis_index_groups is not None:
+            raise ValueError(
+                f"axis_index_groups: expected None, got {self.axis_index_groups!r}: all devices of axis_name "
+                "share their statistics"
+            )
         for name, value in options.items():
             setattr(self, name, value)
         stacked = self.mean[...].shape[:-1]  # of layers that nnx.vmap or nnx.scan runs over
@@ -122,6 +121,7 @@ class SampledBatchNorm(nnx.BatchNorm):
             activation=self.activation,
             residual=None if residual is None else residual.astype(x.dtype),
             gradient=self.gradient,
+            axis_name=self.axis_name,
         )
         y, new = result
         if not evaluates:
@@ -168,8 +168,8 @@ def convert_sampled_batchnorm(
     RULES["seed"](seed)
     layers = [(k, path, module) for k, (path, module) in enumerate(found.items()) if path in chosen]
     for _, path, module in layers:
-        if module.axis_name is not None or module.axis_index_groups is not None:
-            raise ValueError(f"model: expected layers without axis_name, got one in {path!r}")
+        if module.axis_index_groups is not None:
+            raise ValueError(f"model: expected layers without axis_index_groups, got one in {path!r}")
     for k, path, module in layers:
         module.__class__ = SampledBatchNorm
         module.configure(sampler=chosen[path], gradient=gradient, activation=None, seed=seed, layer=k)

@@ -141,10 +141,8 @@ def test_what_cannot_be_converted_changes_nothing(arguments, error, complaint):
     with pytest.raises(ValueError, match="gradient: expected one of"):
         convert_sampled_batchnorm(model, gradient="none")
     assert {type(block.bn) for block in model.blocks} == {nnx.BatchNorm}
-    model.blocks[0].bn.axis_name = "data"
-    with pytest.raises(
-        ValueError, match="model: expected layers without axis_name, got one in 'blocks/0/bn'"
-    ):
+    model.blocks[0].bn.axis_index_groups = [[0]]
+    with pytest.raises(ValueError, match=r"model: .* without axis_index_groups, got one in 'blocks/0/bn'"):
         convert_sampled_batchnorm(model)
     assert {type(block.bn) for block in model.blocks} == {nnx.BatchNorm}
 
@@ -158,7 +156,7 @@ def test_what_a_layer_refuses():
             ValueError,
             "gradient: 'sampled' expects",
         ),
-        ({"axis_name": "data"}, ValueError, "axis_name: expected None"),
+        ({"axis_index_groups": [[0]]}, ValueError, "axis_index_groups: expected None"),
     ):
         with pytest.raises(error, match=complaint):
             make(**options)
@@ -171,6 +169,13 @@ def test_what_a_layer_refuses():
     with pytest.raises(ValueError, match="x: expected"):
         layer(jnp.ones(3))
     assert layer.step[...] == 0 and not layer.mean[...].any()
+
+
+def test_an_axis_that_is_not_mapped_is_refused_and_moves_nothing(rng):
+    layer = SampledBatchNorm(3, rngs=nnx.Rngs(0), axis_name="i")
+    with pytest.raises(NameError, match="unbound axis name"):
+        layer(jnp.asarray(rng.normal(size=(8, 6, 3)), "float32"))
+    assert layer.step[...] == 0
 
 
 def test_it_trains(rng):

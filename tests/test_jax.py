@@ -151,14 +151,98 @@ assert jnp.array_equal(mapped(sharded), jnp.concatenate([one(x[:4]), one(x[4:])]
 """
 
 
-def test_on_several_devices():
-    """Sharded under jit it is the whole batch; in a shard_map each device has its own statistics."""
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "JAX_PLATFORMS": "cpu",
-    }
-    command = [sys.executable, "-c", DEVICES]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+OVER_DEVICES = """
+import itertools
+import jax, jax.numpy as jnp, numpy as np, sbncore as sbn
+from functools import partial
+from jax.sharding import Mesh, PartitionSpec as P
+from sbncore.adapters.jax import batch_norm
+
+rng = np.random.default_rng(0)
+x, dy, residual = (jnp.asarray(a, "float32") for a in rng.normal(1, 2, size=(3, 8, 6, 6, 4)))
+mean, var, weight, bias = (jnp.asarray(a, "float32") for a in rng.uniform(0.5, 1.5, size=(4, 4)))
+mesh, halves = Mesh(np.array(jax.devices()), ("d",)), (slice(0, 4), slice(4, 8))
+assert mesh.size == 2
+
+
+def over(x, dy, residual, **options):
+    def device(x, dy, residual):
+        def run(x, weight, bias, residual):
+            options_ = dict(step=7, residual=residual, axis_name="d", **options)
+            return batch_norm(x, mean, var, weight, bias, True, **options_)
+
+        y, back, moved = jax.vjp(run, x, weight, bias, residual, has_aux=True)
+        dx, dweight, dbias, dresidual = back(dy)
+        sums = jax.lax.psum((dweight, dbias), "d")
+        return y, dx, dresidual, *(each[None] for each in (*moved, *sums))
+
+    mapped = jax.shard_map(device, mesh=mesh, in_specs=P("d"), out_specs=P("d"), check_vma=False)
+    return jax.jit(mapped)(x, dy, residual)
+
+
+def by_phases(sampler, gradient, activation):
+    "What docs/processes.md does, with two halves."
+    drawn = partial(sampler.plan, (4, 6, 6, 4), step=7, channel_axis=-1, fewest=1)
+    plans = [drawn(layer=k * 2**32) for k in range(2)]
+    parts = [[np.asarray(a[half]) for a in (x, dy, residual)] for half in halves]
+    running = sbn.Statistics(np.asarray(mean), np.asarray(var))
+    moments = [
+        sbn.moments(part[0], plan, prior=running if plan.prior else None, channel_axis=-1, dtype="float64")
+        for part, plan in zip(parts, plans)
+    ]
+    merged, given = sbn.merge(*moments), sbn.Plan(sbn.Recipe((4, 6, 6), (), 1.0))
+    found, saveds = [], []
+    for part, plan in zip(parts, plans):
+        y, saved = sbn.forward(
+            part[0], np.asarray(weight), np.asarray(bias), plan=given, channel_axis=-1,
+            prior=sbn.Statistics(merged.mean, merged.var), activation=activation, residual=part[2],
+        )
+        options = dict(channel_axis=-1, activation=activation, residual=True)
+        found.append(y)
+        saveds.append(sbn.Residuals.of(saved).saved(plan=plan, **options))
+    firsts, sums = (
+        [sbn.backward(part[1], saved, gradient=one) for part, saved in zip(parts, saveds)]
+        for one in ("detached", "sampled" if gradient == "sampled" else "detached")
+    )
+    totals = [sum(one.weight for one in sums), sum(one.bias for one in sums)]
+    if gradient != "detached":
+        for part, first, saved, moment in zip(parts, firsts, saveds, moments):
+            share = np.float32(moment.count / sum(one.count for one in moments))
+            sbn.repair(first.x, part[1], saved, *(share * each for each in totals))
+    arrays = found, [first.x for first in firsts], [first.residual for first in firsts]
+    return *map(np.concatenate, arrays), merged, totals
+
+
+def close(a, b, rtol=2e-5):
+    np.testing.assert_allclose(a, b, rtol=rtol, atol=2e-5)
+
+
+samplers = sbn.Full(), sbn.FeatureSampling(1 / 4), sbn.BatchSampling(1), sbn.Prior(0.25, sbn.BatchSampling(2))
+for sampler, gradient, activation in itertools.product(
+    samplers, ("exact", "sampled", "detached"), (None, "relu")
+):
+    options = dict(sampler=sampler, gradient=gradient, activation=activation)
+    y, dx, dresidual, new_mean, new_var, dweight, dbias = over(x, dy, residual, **options)
+    wanted_y, wanted_dx, wanted_dresidual, merged, totals = by_phases(**options)
+    close(y, wanted_y), close(dx, wanted_dx), close(dresidual, wanted_dresidual)
+    unbiased = merged.var * merged.count / (merged.count - 1)
+    for k in range(2):
+        close(new_mean[k], mean + 0.1 * (merged.mean - mean)), close(new_var[k], var + 0.1 * (unbiased - var))
+        close(dweight[k], totals[0], 1e-4), close(dbias[k], totals[1], 1e-4)
+    if sampler == sbn.Full() and gradient == "exact":  # one device with the whole batch
+        run = lambda *a: batch_norm(a[0], mean, var, *a[1:3], True, residual=a[3], activation=activation)[0]
+        whole, back = jax.vjp(run, x, weight, bias, residual)
+        close(y, whole), close(dx, back(dy)[0])
+print("compared")
+"""
+
+
+@pytest.mark.parametrize("script", [DEVICES, OVER_DEVICES], ids=["alone", "together"])
+def test_on_several_devices(script):
+    """Sharded under jit it is the whole batch; in a shard_map each device's, or that of all by axis_name."""
+    options = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=os.environ | options, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
 

@@ -15,6 +15,8 @@ from sbncore.call import mask_size
 from sbncore.layout import layout_of
 from sbncore.residuals import state_bytes
 
+RANK = 2**32  # how far apart the devices' layer numbers are, as PyTorch's ranks' are
+
 
 class Options(NamedTuple):
     """What a training call takes beside arrays."""
@@ -30,10 +32,12 @@ class Options(NamedTuple):
     skip_nonfinite: bool
 
 
-def plan_of(options: Options, shape: tuple[int, ...], step: int) -> sbn.Plan:
-    """Return what a call draws."""
+def plan_of(options: Options, shape: tuple[int, ...], step: int, device: int | None = None) -> sbn.Plan:
+    """Return what a call draws, on one of several devices too little for statistics of its own, perhaps."""
     sampler, seed, layer, *_ = options
-    return sampler.plan(shape, seed=seed, layer=layer, step=step, channel_axis=options.channel_axis)
+    layer, fewest = (layer, 2) if device is None else (layer + RANK * device, 1)
+    axis = options.channel_axis
+    return sampler.plan(shape, seed=seed, layer=layer, step=step, channel_axis=axis, fewest=fewest)
 
 
 def like(array: Any) -> Any:
@@ -46,7 +50,7 @@ def callback(run: Callable[..., None], options: Options, results: Any) -> Callab
     """Return a function of JAX's arrays; the same one for the same arguments, or XLA would compile anew."""
 
     def called(_: Any, out: Any, *given: Any) -> None:
-        run(options, *(tuple(map(_memory, arrays)) for arrays in (out, given)))
+        run(options, *(jax.tree.map(_memory, arrays) for arrays in (out, given)))
 
     once = jax.custom_vjp(buffer_callback(called, results, vmap_method="sequential"))
     once.defvjp(_twice, _twice)
@@ -59,8 +63,6 @@ def _twice(*_: Any) -> Any:
 
 def _memory(buffer: Any) -> Any:
     """Return a buffer of XLA's as NumPy's array, no copy."""
-    if buffer is None:
-        return None
     try:
         return np.asarray(buffer)
     except Exception as complaint:

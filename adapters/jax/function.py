@@ -15,6 +15,7 @@ import sbncore as sbn
 from sbncore import arguments, checks
 from sbncore.adapters.jax.callbacks import Options, plan_of
 from sbncore.adapters.jax.device import trained
+from sbncore.adapters.jax.devices import trained_over
 from sbncore.arguments import Arguments
 from sbncore.arrays import borrow
 from sbncore.drawing import integer, is_array
@@ -41,6 +42,7 @@ def batch_norm(
     residual: jax.Array | None = None,
     gradient: str = "exact",
     skip_nonfinite: bool = False,
+    axis_name: Any = None,
 ) -> tuple[jax.Array, tuple[jax.Array | None, jax.Array | None]]:
     """Normalize in training or evaluation, and return the running statistics beside y: `sbncore.batch_norm`.
 
@@ -50,7 +52,8 @@ def batch_norm(
 
     It works under ``jit``, ``grad`` and ``value_and_grad``, ``vmap`` (one element after the other, each by
     its own statistics and the same draw), ``scan``, ``remat``, ``pmap`` and ``shard_map`` (each device by its
-    own statistics). An array that is sharded under ``jit`` is gathered: each device normalizes all of it.
+    own statistics, unless ``axis_name`` says otherwise; gradients want ``check_vma=False``). An array that is
+    sharded under ``jit`` is gathered: each device normalizes all of it.
 
     Args:
         x: (N, ..., C), float32, float16, bfloat16, or float64 where JAX has that.
@@ -63,6 +66,8 @@ def batch_norm(
         step: an integer or an integer array, traced or not: what to draw.
         channel_axis: of x; JAX's users have channels last.
         residual: as x, added before the activation.
+        axis_name: of a mapped axis (``shard_map``, ``pmap``), or several: its devices share their statistics,
+            each drawing from its own part of the batch. The weights' gradients are each device's own.
 
     Returns:
         y of x's shape and dtype, and the new running statistics, or those given in evaluation.
@@ -89,10 +94,14 @@ def batch_norm(
         gradient,
         rules["skip_nonfinite"](skip_nonfinite),
     )
-    _check(x, vectors, residual, options, checks.flag(training, "training"))
+    device = None if axis_name is None else 0
+    _check(x, vectors, residual, options, checks.flag(training, "training"), device)
     if not training:
         return _evaluated(x, vectors, residual, options), (running_mean, running_var)
-    y, mean, var = trained(options, x, *vectors, residual, _step(step))
+    arrays = x, *vectors, residual, _step(step)
+    y, mean, var = (
+        trained(options, *arrays) if axis_name is None else trained_over(options, axis_name, *arrays)
+    )
     return y, (mean, var)
 
 
@@ -108,7 +117,9 @@ def _step(step: Any) -> jax.Array:
     return step
 
 
-def _check(x: Any, vectors: list[Any], residual: Any, options: Options, training: bool) -> None:
+def _check(
+    x: Any, vectors: list[Any], residual: Any, options: Options, training: bool, device: int | None
+) -> None:
     """Complain about arrays and options as the engine does, by arrays of the same shapes."""
     x, residual, *stands = (_stand(each) for each in (x, residual, *vectors))
     mean, var, weight, bias = stands
@@ -117,7 +128,7 @@ def _check(x: Any, vectors: list[Any], residual: Any, options: Options, training
     given = Arguments(x, weight, bias, residual, None, mean, var)
     if training:
         checks.rank(given.x, options.channel_axis)
-        plan = plan_of(options, x.shape, 0)
+        plan = plan_of(options, x.shape, 0, device)
         if plan.prior > 0 and mean is None:
             raise ValueError("running_mean, running_var: expected arrays for the sampler's prior, got None")
         prior = (mean, var) if plan.prior > 0 else (None, None)
@@ -131,7 +142,13 @@ def _check(x: Any, vectors: list[Any], residual: Any, options: Options, training
     arguments.prepared(
         views,
         plan,
-        arguments.Options(options.eps, options.channel_axis, options.activation, options.gradient),
+        arguments.Options(
+            options.eps,
+            options.channel_axis,
+            options.activation,
+            options.gradient,
+            fewest=2 if device is None else 1,
+        ),
     )
 
 
