@@ -79,22 +79,17 @@ def _run_moments(options: Options, out: Any, given: tuple[Any, ...]) -> None:
 
 
 def _run_merged(options: Options, out: tuple[Any, ...], given: tuple[Any, ...]) -> None:
-    (
-        (y, mean, var, state, mask, share),
-        (x, old_mean, old_var, weight, bias, residual, step, table, device),
-    ) = (
-        out,
-        given,
-    )
+    y, mean, var, state, mask, share = out
+    x, old_mean, old_var, weight, bias, residual, step, table, device = given
     rows = np.array(table).view("f8")
     C = rows.shape[1] // 2
     merged = sbn.merge(*(sbn.Statistics(row[:C], row[C : 2 * C], float(row[-1])) for row in rows))
     if merged.count <= 1:
         raise ValueError("x: expected more than 1 value per channel over all devices, got a single one")
     layout = layout_of(x, options.channel_axis)
-    given_ones = Plan(Recipe((layout.N, *layout.spatial), (), 1.0))
+    evaluation = Plan(Recipe((layout.N, *layout.spatial), (), 1.0))
     _, saved = sbn.forward(
-        x, weight, bias, plan=given_ones, prior=sbn.Statistics(merged.mean, merged.var), eps=options.eps,
+        x, weight, bias, plan=evaluation, prior=sbn.Statistics(merged.mean, merged.var), eps=options.eps,
         channel_axis=options.channel_axis, activation=options.activation, residual=residual, out=y,
     )  # fmt: skip
     kept = Residuals.of(saved)
